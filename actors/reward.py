@@ -1,0 +1,96 @@
+"""The reward actor: reads the answers of a batch of rollouts and scores them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+from transformers import AutoTokenizer
+
+from item_index.constraint import AnswerConstraint
+from item_index.semantic_ids import SemanticIdIndex
+from item_index.tokens import SemanticIdTokens
+from item_index.trie import ItemTrie
+from learner.rollouts import RolloutBatch
+from learner.srpo import allowed_in
+from rewards.answer import parse_answer
+from rewards.residual import residual_sensitive_reward
+
+
+@dataclass(frozen=True)
+class ScoredResponses:
+    """What the rewards say of G groups of N responses; all arrays [G, N].
+
+    Attributes:
+        rewards: float32, residual-sensitive verifiable reward.
+        hits: bool, the answer is the true item, format included.
+        valid: bool, the answer is an item of the catalogue.
+        well_formed: bool, the response has the required format.
+        forced: bool, the closing was forced by the token budget.
+        items: int32, row of the answered item, -1 for none.
+        lengths: int32, response tokens.
+    """
+
+    rewards: np.ndarray
+    hits: np.ndarray
+    valid: np.ndarray
+    well_formed: np.ndarray
+    forced: np.ndarray
+    items: np.ndarray
+    lengths: np.ndarray
+
+
+class RewardWorker:
+    """Scores rollouts against one index; holds a tokenizer to read the chains."""
+
+    def __init__(self, index_folder: str, tokenizer_folder: str, *, minimum_think_tokens: int = 8) -> None:
+        self.index = SemanticIdIndex.load(index_folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
+        tokens = SemanticIdTokens.of(self.tokenizer, self.index)
+        self.constraint = AnswerConstraint(ItemTrie.build(self.index.codes_IL, self.index.lengths_I), tokens)
+        self.minimum_think_tokens = minimum_think_tokens
+        self.item_codes = [
+            tuple(int(code) for code in codes[:length])
+            for codes, length in zip(self.index.codes_IL, self.index.lengths_I, strict=True)
+        ]
+        self.item_of_codes = {codes: row for row, codes in enumerate(self.item_codes)}
+
+    def score(self, batch: RolloutBatch) -> ScoredResponses:
+        """Rewards of every response. Raises ConstraintViolation when a response left the constraint."""
+        if batch.index_version != self.index.version:
+            raise ValueError(f"rollouts of index {batch.index_version} cannot be scored with {self.index.version}")
+        forced_R = allowed_in(batch, self.constraint).forced_R
+        shape = (len(batch), batch.group_size)
+        rewards, items = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
+        well_formed = np.zeros(shape, bool)
+        for row, response in enumerate(batch.responses):
+            place = divmod(row, batch.group_size)
+            answer = parse_answer(
+                response.tolist(),
+                mode="reasoning" if batch.prompts.reasoning[place[0]] else "direct",
+                special=self.constraint.tokens,
+                decode=self.tokenizer.decode,
+                minimum_think_tokens=self.minimum_think_tokens,
+                forced=bool(forced_R[row]),
+            )
+            if answer.codes is None:
+                continue
+            truth = self.item_codes[int(batch.prompts.targets[place[0]])]
+            items[place] = self.item_of_codes.get(answer.codes, -1)
+            well_formed[place] = answer.well_formed
+            rewards[place] = residual_sensitive_reward(
+                answer.codes, truth, levels=self.index.levels, well_formed=answer.well_formed
+            )
+        return ScoredResponses(
+            rewards=rewards,
+            hits=well_formed & (items == batch.prompts.targets[:, None]),
+            valid=items >= 0,
+            well_formed=well_formed,
+            forced=forced_R.reshape(shape),
+            items=items,
+            lengths=batch.responses.lengths.astype(np.int32).reshape(shape),
+        )
+
+
+RewardActor = ray.remote(RewardWorker)

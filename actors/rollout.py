@@ -1,0 +1,141 @@
+"""The rollout actor: a vLLM engine that samples groups of responses under the item constraint."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import ray
+import safetensors.torch
+import torch
+
+from item_index.ragged import RaggedArray
+from learner.rollouts import RolloutBatch, RolloutPrompts
+
+# Read by vLLM when it is imported, so they are set for the actor's whole process.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def prompt_seeds(seed: int, step: int, count: int, offset: int = 0) -> list[int]:
+    """One seed per prompt, far apart: vLLM gives response i of a prompt the seed + i, so neighbours would share noise."""
+    return [
+        int.from_bytes(hashlib.sha256(f"{seed}/{step}/{offset + number}".encode()).digest()[:7], "big")
+        for number in range(count)
+    ]
+
+
+class RolloutEngine:
+    """A vLLM engine under the item constraint, with weights that can be replaced in place."""
+
+    def __init__(
+        self,
+        model_folder: str,
+        index_folder: str,
+        *,
+        weight_version: int = 0,
+        dtype: str = "float32",
+        kv_cache_mib: int = 256,
+        maximum_tokens: int = 2048,
+        sequences: int = 256,
+        threads: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        from vllm import LLM  # takes seconds, and reads the environment
+
+        from actors.logits_processors import ItemConstraintProcessor, load_constraint
+
+        if threads:
+            torch.set_num_threads(threads)
+        self.llm = LLM(
+            model=model_folder,
+            dtype=dtype,
+            seed=seed,
+            max_model_len=maximum_tokens,
+            max_num_seqs=sequences,
+            kv_cache_memory_bytes=kv_cache_mib * 2**20,
+            enforce_eager=True,
+            enable_prefix_caching=True,
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            logits_processors=[ItemConstraintProcessor],
+            additional_config={"gream": {"index": index_folder, "tokenizer": model_folder}},
+            disable_log_stats=True,
+        )
+        vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
+        self.constraint, self.index_version = load_constraint(index_folder, model_folder, vocabulary)
+        self._weight_version = weight_version
+
+    def weight_version(self) -> int:
+        """Version of the weights that sample now."""
+        return self._weight_version
+
+    def generate(
+        self, prompts: RolloutPrompts, *, responses: int, seeds: list[int], temperature: float = 1.0
+    ) -> RolloutBatch:
+        """Sample `responses` responses to every prompt; log-probabilities are those after constraint and temperature."""
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                n=responses,
+                temperature=temperature,
+                max_tokens=int(prompts.budgets[group]),
+                seed=seeds[group],
+                logprobs=0,
+                stop_token_ids=[self.constraint.tokens.end_of_sequence],
+                detokenize=False,
+                extra_args={
+                    "gream": {
+                        "mode": "reasoning" if prompts.reasoning[group] else "direct",
+                        "index_version": self.index_version,
+                        "excluded": prompts.excluded[group].tolist(),
+                    }
+                },
+            )
+            for group in range(len(prompts))
+        ]
+        requests: list[Any] = [{"prompt_token_ids": tokens.tolist()} for tokens in prompts.tokens]
+        outputs = self.llm.generate(requests, parameters, use_tqdm=False)
+        sampled, log_probabilities = [], []
+        for output in outputs:
+            for completion in output.outputs:
+                tokens = list(completion.token_ids)
+                sampled.append(tokens)
+                log_probabilities.append([step[token].logprob for step, token in zip(completion.logprobs, tokens)])
+        return RolloutBatch(
+            prompts=prompts,
+            responses=RaggedArray.of(sampled, np.int32),
+            log_probabilities=RaggedArray.of(log_probabilities, np.float32),
+            weight_versions=np.full(len(prompts), self._weight_version, dtype=np.int64),
+            index_version=self.index_version,
+        )
+
+    def update_weights(self, weights: np.ndarray, version: int) -> int:
+        """Replace the weights by a safetensors buffer (uint8) and forget cached prefixes; returns the new version."""
+        state = safetensors.torch.load(weights.tobytes())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(state.items())})
+        self.llm.collective_rpc(_repack_tied_head)
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be reset after a weight update: requests are still running")
+        self._weight_version = version
+        return version
+
+
+def _repack_tied_head(worker: Any) -> None:
+    """The CPU build packs linear weights when it loads; with tied embeddings a reload leaves the old packed head."""
+    model = worker.model_runner.get_model()
+    if getattr(model.config, "tie_word_embeddings", False) and next(model.parameters()).device.type == "cpu":
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
+
+
+RolloutActor = ray.remote(RolloutEngine)

@@ -1,0 +1,83 @@
+"""The command line: `gream data | index | corpus | sft | train | evaluate | run`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.progress import console
+from cluster.settings import load_settings
+from item_index.input_error import InputError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Post-train a generative reasoning recommender (GREAM) on Ray, vLLM, DeepSpeed and MLflow.",
+)  # fmt: skip
+data = typer.Typer(no_args_is_help=True, help="Make items.parquet and interactions.parquet.")
+app.add_typer(data, name="data")
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; defaults without one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the settings in full and stop.")]
+
+
+@data.command("ml-100k")
+def ml_100k(
+    output: Annotated[Path, typer.Option(help="Folder for the two Parquet files.")] = Path("data/ml-100k"),
+) -> None:
+    """MovieLens 100K, from the installed recbole package."""
+    from curriculum.movielens import TERMS_OF_USE, convert_movielens_100k
+
+    console.print(TERMS_OF_USE, highlight=False)
+    items, interactions = convert_movielens_100k(output)
+    console.print(f"data: {items} items and {interactions} interactions written to {output}")
+
+
+def _stage_command(name: str, help_text: str) -> None:
+    @app.command(name, help=help_text)
+    def command(config: Config = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+        _run([name], config, overrides, dry_run)
+
+
+_stage_command("index", "Give every item a semantic ID.")
+_stage_command("corpus", "Split the interactions and write rows, prompts and the tokenizer.")
+_stage_command("sft", "Supervised training on next items and reasoning.")
+_stage_command("train", "Post-train by SRPO.")
+_stage_command("evaluate", "Evaluate both modes beside the baselines.")
+
+
+@app.command("run")
+def run(config: Config = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """All stages, each only where its inputs have changed."""
+    from cluster.pipeline import STAGES
+
+    _run(list(STAGES), config, overrides, dry_run)
+
+
+def _run(names: list[str], config: Path | None, overrides: list[str] | None, dry_run: bool) -> None:
+    settings = load_settings(config, overrides or ())
+    if dry_run:
+        print(settings.dump(), end="")
+        return
+    from cluster.pipeline import run_stages
+    from cluster.tracking import tracking_uri
+
+    run_stages(settings, names)
+    uri = tracking_uri(settings)
+    if settings.tracking.uri is None:
+        uri = f"sqlite:///{settings.run_folder}/mlflow.db"
+    console.print(f"Open the metrics with: mlflow ui --backend-store-uri {uri}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: bad input ends with one message and exit status 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"gream: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,227 @@
+"""The evaluate stage: both modes of both checkpoints on the full catalogue, beside the baselines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from evaluation.baselines import rank_unseen, tuned_baselines
+from evaluation.metrics import pass_at_k, ranking_metrics
+from rich.table import Table
+
+from actors.ranking import RankingActor
+from actors.reward import RewardActor, ScoredResponses
+from actors.rollout import ENVIRONMENT as ROLLOUT_ENVIRONMENT
+from actors.rollout import RolloutActor, prompt_seeds
+from cluster.placement import await_result, engines_placed, in_bundle, ray_session
+from cluster.progress import Bar, console, progress_bar
+from cluster.prompts import PromptSource
+from cluster.settings import Settings
+from cluster.tracking import Tracker
+from curriculum.corpus import Corpus
+from evaluation.ranking import merge_chains
+from item_index.ragged import RaggedArray
+from learner.rollouts import RolloutBatch, RolloutPrompts
+
+SHOWN_METRICS = ("recall@1", "recall@5", "recall@10", "recall@50", "ndcg@5", "ndcg@10", "coverage@10", "valid_rate")
+
+
+@dataclass(frozen=True)
+class ModeResult:
+    """One row of the results: metrics, ranked items [users, K], and the chains for reasoning."""
+
+    metrics: dict[str, float]
+    ranked_UK: np.ndarray
+    chains: RolloutBatch | None = None
+
+
+def run_evaluate(
+    settings: Settings, corpus: Corpus, index_folder: Path, checkpoints: dict[str, Path], folder: Path, tracker: Tracker
+) -> dict[str, dict[str, float]]:
+    """Evaluate every checkpoint (`sft`, `srpo`) in both modes; writes `results.json`, `results.md`, `examples.md`."""
+    evaluation, cluster = settings.evaluation, settings.cluster
+    source = PromptSource(corpus, reasoning_budget=settings.train.reasoning_budget, exclude_seen=True)
+    users = np.sort(np.random.default_rng([settings.seed, 6]).permutation(len(corpus.sequences))[: evaluation.users])
+    positions = source.evaluation_positions(evaluation.part)[users]
+    direct = source.prompts(positions, ["direct"] * len(positions))
+    reasoning = source.prompts(positions, ["reasoning"] * len(positions))
+    results: dict[str, ModeResult] = {}
+    for name, ranked in baseline_rankings(settings, corpus, users, direct).items():
+        results[name] = ModeResult(list_metrics(ranked, direct, len(corpus.index)), ranked)
+
+    work = len(checkpoints) * (-(-len(users) // evaluation.batch_users)) * (1 + evaluation.chains)
+    index = str(index_folder.resolve())
+    threads = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cluster.threads)}}}
+    with ray_session(cluster), engines_placed(cluster) as group, progress_bar("evaluate", work) as bar:
+        for stage, checkpoint in checkpoints.items():
+            model = str(checkpoint.resolve())
+            ranker = RankingActor.options(num_cpus=0, **threads).remote(model, index, threads=cluster.threads)
+            rollout = RolloutActor.options(**in_bundle(group, 1, cluster, ROLLOUT_ENVIRONMENT)).remote(
+                model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib,
+                sequences=cluster.rollout_sequences, threads=cluster.threads, seed=settings.seed,
+            )  # fmt: skip
+            reward = RewardActor.options(num_cpus=0).remote(
+                index, model, minimum_think_tokens=settings.train.minimum_think_tokens
+            )
+            await_result(rollout.weight_version.remote(), "the rollout engine's start", cluster.start_seconds)
+            results[f"direct_{stage}"] = direct_result(settings, direct, ranker, len(corpus.index), bar)
+            results[f"reasoning_{stage}"] = reasoning_result(settings, reasoning, rollout, reward, ranker, corpus, bar)
+            for actor in (ranker, rollout, reward):
+                ray.kill(actor)
+
+    metrics = {name: result.metrics for name, result in results.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(metrics, indent=2))
+    console.print(results_table(metrics, len(users), evaluation.part))
+    (folder / "results.md").write_text(results_markdown(metrics))
+    examples = example_recommendations(corpus, reasoning, results, evaluation.examples)
+    (folder / "examples.md").write_text(examples)
+    console.print(examples, markup=False, highlight=False)
+    for name, values in metrics.items():
+        tracker.metrics({f"{name}/{metric}": value for metric, value in values.items()})
+    for file in ("results.json", "results.md", "examples.md"):
+        tracker.file(folder / file)
+    return metrics
+
+
+def baseline_rankings(
+    settings: Settings, corpus: Corpus, users: np.ndarray, prompts: RolloutPrompts
+) -> dict[str, np.ndarray]:
+    """Ranked items of the tuned baselines for the evaluated users."""
+    seen = list(prompts.excluded)
+    models = tuned_baselines(corpus.sequences, len(corpus.index), part=settings.evaluation.part)
+    return {
+        name: rank_unseen(model.scores(seen), seen, settings.evaluation.beam_width) for name, model in models.items()
+    }
+
+
+def list_metrics(ranked_UK: np.ndarray, prompts: RolloutPrompts, items: int) -> dict[str, float]:
+    """Ranking metrics, and the share of the list's places that hold an item of the catalogue which was not seen."""
+    expected = np.minimum(ranked_UK.shape[1], items - prompts.excluded.lengths)
+    fresh = [np.setdiff1d(ranked[ranked >= 0], seen) for ranked, seen in zip(ranked_UK, prompts.excluded, strict=True)]
+    valid = float(sum(len(row) for row in fresh) / expected.sum())
+    return {**ranking_metrics(ranked_UK, prompts.targets, items=items), "valid_rate": valid}
+
+
+def ranked_in_batches(
+    settings: Settings, ranker: Any, tokens: RaggedArray, excluded: RaggedArray, mode: str, width: int,
+    progressed: Callable[[int], None],
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Beam search for all rows, batch by batch, rows of similar length together."""
+    order = np.argsort(tokens.lengths, kind="stable")
+    items, scores = [], []
+    for start in range(0, len(order), settings.evaluation.batch_users):
+        rows = order[start : start + settings.evaluation.batch_users]
+        part = await_result(
+            ranker.rank.remote(tokens.select(rows), excluded.select(rows), mode=mode, width=width),
+            "the ranking actor", settings.cluster.call_seconds,
+        )  # fmt: skip
+        items.append(part[0])
+        scores.append(part[1])
+        progressed(1)
+    back = np.argsort(order)
+    return np.concatenate(items)[back], np.concatenate(scores)[back]
+
+
+def direct_result(settings: Settings, prompts: RolloutPrompts, ranker: Any, items: int, bar: Bar) -> ModeResult:
+    """Direct mode: one beam search per user."""
+    ranked, _ = ranked_in_batches(
+        settings, ranker, prompts.tokens, prompts.excluded, "direct", settings.evaluation.beam_width, bar.advance
+    )
+    return ModeResult(list_metrics(ranked, prompts, items), ranked)
+
+
+def reasoning_result(
+    settings: Settings, prompts: RolloutPrompts, rollout: Any, reward: Any, ranker: Any, corpus: Corpus, bar: Bar
+) -> ModeResult:
+    """Reasoning mode: M chains per user by vLLM, a beam after each chain's `<answer>`, merged over the chains."""
+    evaluation, chains = settings.evaluation, settings.evaluation.chains
+    reference = rollout.generate.remote(
+        prompts, responses=chains, seeds=prompt_seeds(settings.seed, 0, len(prompts)), temperature=1.0
+    )
+    scores: ScoredResponses = await_result(
+        reward.score.remote(reference), "the chains and their scores", settings.cluster.call_seconds
+    )
+    batch: RolloutBatch = await_result(reference, "the chains", settings.cluster.call_seconds)
+    opened = []
+    answer_open = corpus.builder.tokens.answer_open
+    for row, response in enumerate(batch.responses):
+        end = int(np.nonzero(response == answer_open)[0][0]) + 1
+        opened.append(np.concatenate([prompts.tokens[row // chains], response[:end]]))
+    user_of_chain = np.repeat(np.arange(len(prompts)), chains)
+    items_CK, scores_CK = ranked_in_batches(
+        settings, ranker, RaggedArray.of(opened, np.int32), prompts.excluded.select(user_of_chain), "reasoning",
+        evaluation.chain_beam_width, bar.advance,
+    )  # fmt: skip
+    ranked, _ = merge_chains(items_CK, scores_CK, user_of_chain, users=len(prompts), width=evaluation.beam_width)
+    metrics = list_metrics(ranked, prompts, len(corpus.index))
+    # A merged list may hold fewer items than asked for; what counts here is that every sampled answer is an item.
+    metrics["list_fill"] = metrics["valid_rate"]
+    metrics["valid_rate"] = float(scores.valid.mean())
+    metrics |= {
+        "well_formed_rate": float(scores.well_formed.mean()),
+        "forced_close_rate": float(scores.forced.mean()),
+        "response_tokens": float(scores.lengths.mean()),
+        "mean_reward": float(scores.rewards.mean()),
+    }
+    metrics |= {f"pass@{k}": pass_at_k(scores.hits, k) for k in (1, 5, 10) if k <= chains}
+    return ModeResult(metrics, ranked, batch)
+
+
+def results_table(metrics: dict[str, dict[str, float]], users: int, part: str) -> Table:
+    """The one table of the run."""
+    table = Table(title=f"{users} users, {part} targets, full catalogue, the user's earlier items masked")
+    table.add_column("")
+    for name in SHOWN_METRICS:
+        table.add_column(name, justify="right")
+    for mode, values in metrics.items():
+        table.add_row(mode, *(f"{values[name]:.4f}" if name in values else "" for name in SHOWN_METRICS))
+    return table
+
+
+def results_markdown(metrics: dict[str, dict[str, float]]) -> str:
+    """The same table in Markdown."""
+    lines = ["| | " + " | ".join(SHOWN_METRICS) + " |", "|---" * (len(SHOWN_METRICS) + 1) + "|"]
+    for mode, values in metrics.items():
+        lines.append(
+            f"| {mode} | " + " | ".join(f"{values.get(name, float('nan')):.4f}" for name in SHOWN_METRICS) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def example_recommendations(corpus: Corpus, prompts: RolloutPrompts, results: dict[str, ModeResult], count: int) -> str:
+    """Some users' latest items, true next item, and both modes' lists with the first chain."""
+    titles = corpus.catalogue.titles
+    last = [name for name in results if name.startswith("reasoning_")][-1]
+    reasoning, direct = results[last], results[last.replace("reasoning", "direct")]
+    assert reasoning.chains is not None
+    parts = []
+    for user in range(min(count, len(prompts))):
+        chain = reasoning.chains.responses[user * reasoning.chains.group_size]
+        text = corpus.tokenizer.decode(
+            chain[: int(np.nonzero(chain == corpus.builder.tokens.answer_open)[0][0])].tolist()
+        )
+        latest = "; ".join(titles[item] for item in prompts.excluded[user][-5:])
+        parts.append(
+            f"### Recommendation {user + 1}\n\n"
+            f"- latest items: {latest}\n- true next item: {titles[int(prompts.targets[user])]}\n"
+            + "".join(
+                f"- {name}: {'; '.join(titles[item] for item in result.ranked_UK[user, :5] if item >= 0)}\n"
+                for name, result in (("direct", direct), ("reasoning", reasoning))
+            )
+            + f"- a chain: {with_titles(text, corpus)}\n"
+        )
+    return "\n".join(parts)
+
+
+def with_titles(text: str, corpus: Corpus) -> str:
+    """Semantic IDs in a chain, longest first, replaced by their titles in brackets."""
+    rows = sorted(range(len(corpus.index)), key=lambda row: -int(corpus.index.lengths_I[row]))
+    for row in rows:
+        text = text.replace(corpus.index.text(row), f" [{corpus.catalogue.titles[row]}]")
+    return text

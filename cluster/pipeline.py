@@ -1,0 +1,223 @@
+"""The stages of a run in their order: what each reads, and whether what it wrote can be used again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from cluster.progress import console
+from cluster.settings import Settings
+from cluster.tracking import Tracker, tracked
+from curriculum.corpus import build_corpus, load_corpus
+from curriculum.interactions import UserSequences, build_sequences, load_interactions
+from item_index.catalogue import Catalogue
+from item_index.embedding import embed_texts
+from item_index.input_error import InputError
+from item_index.quantizer import ResidualKMeans
+from item_index.semantic_ids import SemanticIdIndex, assign_semantic_ids
+from item_index.text import item_texts
+from item_index.tokens import SemanticIdTokens
+from item_index.trie import ItemTrie
+
+SINGLE_CHILD_WARNING = 0.5
+
+
+def read_data(settings: Settings) -> tuple[Catalogue, UserSequences]:
+    """The filtered catalogue and the users' sequences; raises InputError for bad input."""
+    catalogue = Catalogue.load(settings.data.items)
+    interactions = load_interactions(settings.data.interactions, catalogue)
+    return build_sequences(
+        interactions, catalogue, minimum_interactions=settings.data.minimum_interactions, seed=settings.seed
+    )
+
+
+def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
+    """Text -> vectors -> residual codes -> semantic IDs."""
+    catalogue, _ = read_data(settings)
+    wanted = settings.index
+    too_large = [size for size in wanted.level_sizes if size > len(catalogue)]
+    if too_large:
+        raise InputError(
+            f"{len(catalogue)} items are fewer than the {too_large[0]} codes of a level", file=settings.data.items,
+            field="index.level_sizes", remedy="Ask for fewer codes.",
+        )  # fmt: skip
+    vectors = embed_texts(
+        item_texts(catalogue), dimensions=wanted.embedding_dimensions, sentence_transformer=wanted.sentence_transformer,
+        seed=settings.seed,
+    )  # fmt: skip
+    quantizer = ResidualKMeans.fit(vectors, wanted.level_sizes, seed=settings.seed, balanced=wanted.balanced)
+    index = assign_semantic_ids(
+        catalogue.item_ids, quantizer.training_codes_IH, wanted.level_sizes,
+        spare_collision_codes=wanted.spare_collision_codes,
+    )  # fmt: skip
+    index.save(folder)
+    safetensors.numpy.save_file(
+        {f"level_{level}": codebook for level, codebook in enumerate(quantizer.codebooks)},
+        str(folder / "codebooks.safetensors"),
+    )
+    trie = ItemTrie.build(index.codes_IL, index.lengths_I)
+    table = Table(
+        title=f"index {index.version}: {len(index)} items, {int((index.lengths_I > index.levels).sum())} colliding"
+    )
+    for column in ("level", "nodes", "mean degree", "single-child share"):
+        table.add_column(column, justify="right")
+    summary: dict[str, Any] = {"version": index.version, "items": len(index)}
+    for level in range(index.levels):
+        degrees = trie.child_count[trie.level == level]
+        degrees = degrees[degrees > 0]
+        single = float((degrees == 1).mean())
+        table.add_row(str(level + 1), str(len(degrees)), f"{degrees.mean():.2f}", f"{single:.2f}")
+        summary[f"level_{level + 1}"] = {"mean_degree": float(degrees.mean()), "single_child_share": single}
+        if single > SINGLE_CHILD_WARNING and level < index.levels - 1:
+            console.print(
+                f"index: warning: {single:.0%} of the nodes above level {level + 1} have a single child, so that level "
+                "holds little choice; use fewer codes or levels (index.level_sizes)"
+            )
+    console.print(table)
+    return summary
+
+
+def corpus_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
+    """Split, rows, tokenizer."""
+    catalogue, sequences = read_data(settings)
+    corpus = settings.corpus
+    summary = build_corpus(
+        folder, catalogue=catalogue, sequences=sequences, index=SemanticIdIndex.load(settings.folder / "index"),
+        checkpoint=settings.model.checkpoint, history_items=corpus.history_items,
+        minimum_history=corpus.minimum_history, rewritten_history_items=corpus.rewritten_history_items,
+        reasoning_rows=corpus.reasoning_rows, rl_holdout=corpus.rl_holdout, text_vocabulary=corpus.text_vocabulary,
+        seed=settings.seed,
+    )  # fmt: skip
+    console.print(
+        f"corpus: {summary['users']} users, {summary['items']} items, {summary['interactions']} interactions; "
+        f"{summary['reasoning_rows']} reasoning rows (rejected: {sum(summary['rejected_traces'].values())}, "
+        f"rewriting removes {summary['removed_share']:.0%} of the history), {summary['held_out_targets']} targets held "
+        f"out for RL; split {summary['split_fingerprint'][:12]}"
+    )
+    return summary
+
+
+def sft_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
+    from cluster.sft import run_sft  # Ray, DeepSpeed and vLLM are imported by the stages that use them
+
+    corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
+    summary = run_sft(settings, corpus, folder, tracker)
+    console.print(
+        f"sft: {summary['steps']} steps, {summary['tokens_per_second']:.0f} tokens/s, loss {summary['loss']:.3f}"
+    )
+    return summary
+
+
+def train_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
+    from cluster.train import run_train
+
+    corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
+    checkpoint = _checkpoint_with_tokens(settings.folder / "sft" / "checkpoint", corpus.index)
+    return run_train(settings, corpus, settings.folder / "index", checkpoint, folder, tracker)
+
+
+def evaluate_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
+    from cluster.evaluate import run_evaluate
+
+    corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
+    checkpoints = {
+        name: _checkpoint_with_tokens(settings.folder / stage / "checkpoint", corpus.index)
+        for name, stage in (("sft", "sft"), ("srpo", "train"))
+    }
+    return run_evaluate(settings, corpus, settings.folder / "index", checkpoints, folder, tracker)
+
+
+def _checkpoint_with_tokens(checkpoint: Path, index: SemanticIdIndex) -> Path:
+    """The folder, after a look whether its tokenizer has the index's tokens: engines start only after that."""
+    if not checkpoint.is_dir():
+        raise InputError("there is no checkpoint", file=checkpoint, remedy="Run the stage that writes it.")
+    SemanticIdTokens.of(AutoTokenizer.from_pretrained(checkpoint, local_files_only=True), index)
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its function, the settings that it depends on, and the stages whose output it reads."""
+
+    run: Callable[[Settings, Path, Tracker], dict[str, Any]]
+    sections: tuple[str, ...]
+    after: tuple[str, ...]
+    folder: str
+
+
+STAGES = {
+    "index": Stage(index_stage, ("data", "index"), (), "index"),
+    "corpus": Stage(corpus_stage, ("data", "corpus", "model.checkpoint"), ("index",), "corpus"),
+    "sft": Stage(sft_stage, ("sft", "model"), ("corpus",), "sft"),
+    "train": Stage(train_stage, ("train", "cluster.dtype"), ("sft",), "train"),
+    "evaluate": Stage(
+        evaluate_stage, ("evaluation", "cluster.dtype", "train.reasoning_budget"), ("train",), "evaluation"
+    ),
+}
+
+
+def fingerprint(settings: Settings, name: str) -> str:
+    """Hash of everything a stage's output depends on: its settings, the seed, its inputs, this version of the code."""
+    stage = STAGES[name]
+    values: dict[str, Any] = {"gream": version("gream"), "seed": settings.seed}
+    for section in stage.sections:
+        value: Any = settings
+        for part in section.split("."):
+            value = getattr(value, part)
+        values[section] = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+    if "data" in stage.sections:
+        for file in (settings.data.items, settings.data.interactions):
+            path = Path(file)
+            if not path.is_file():
+                raise InputError(
+                    "the file does not exist", file=file, remedy="Name it in data.items or data.interactions."
+                )
+            values[file] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for earlier in stage.after:
+        values[earlier] = fingerprint(settings, earlier)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def is_current(settings: Settings, name: str) -> bool:
+    """Whether the stage's folder was finished with the same fingerprint."""
+    marker = settings.folder / STAGES[name].folder / "stage.json"
+    return marker.is_file() and json.loads(marker.read_text())["fingerprint"] == fingerprint(settings, name)
+
+
+def run_stages(settings: Settings, names: list[str]) -> None:
+    """Run stages in order, each only where its inputs have changed; earlier stages must be there and current."""
+    for earlier in STAGES[names[0]].after:
+        if not is_current(settings, earlier):
+            raise InputError(
+                f"the {earlier} stage is missing or was made with other settings", file=settings.folder,
+                remedy=f"Run `gream {earlier}` with the same config, or `gream run` for all stages.",
+            )  # fmt: skip
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        wanted = fingerprint(settings, name)
+        if is_current(settings, name):
+            console.print(f"{name}: unchanged, re-used ({settings.folder / STAGES[name].folder})")
+            continue
+        console.rule(name)
+        started = time.monotonic()
+        folder = settings.folder / STAGES[name].folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stage.json").unlink(missing_ok=True)
+        (settings.folder / "settings.yaml").write_text(settings.dump())
+        with tracked(settings, name) as tracker:
+            summary = STAGES[name].run(settings, folder, tracker)
+            seconds = time.monotonic() - started
+            tracker.metrics({"seconds": seconds})
+        marker = {"fingerprint": wanted, "seconds": seconds, "summary": summary}
+        (folder / "stage.json").write_text(json.dumps(marker, indent=2))
+        console.print(f"{name}: done in {seconds:.0f} s")

@@ -1,0 +1,90 @@
+"""Ray for one run: the connection, one placement group for learner and rollout engine, and calls with a deadline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.settings import ClusterSettings
+
+
+class DeadlineExceeded(TimeoutError):
+    """An actor did not answer in time."""
+
+
+@contextmanager
+def ray_session(settings: ClusterSettings) -> Iterator[None]:
+    """Connect to the named cluster, or start Ray on this machine and stop it at the end."""
+    if ray.is_initialized():
+        yield
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=False)
+    else:
+        cpus = max(settings.learner_cpus + settings.rollout_cpus, os.cpu_count() or 1)
+        ray.init(num_cpus=int(cpus), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def engines_placed(settings: ClusterSettings) -> Iterator[PlacementGroup]:
+    """A placement group with bundle 0 for the learner and bundle 1 for the rollout engine.
+
+    Raises RuntimeError that says what was asked and what the cluster has when it is not ready by the deadline.
+    """
+    gpu = {"GPU": settings.gpus_per_engine} if settings.gpus_per_engine else {}
+    bundles = [{"CPU": settings.learner_cpus, **gpu}, {"CPU": settings.rollout_cpus, **gpu}]
+    total = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in bundles[0]}
+    have = ray.cluster_resources()
+    if any(have.get(key, 0) < amount for key, amount in total.items()):
+        raise RuntimeError(
+            f"the cluster cannot hold the bundles {bundles}: it has "
+            f"{ {key: have.get(key, 0) for key in total} }; lower cluster.learner_cpus and cluster.rollout_cpus, or add nodes"
+        )
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        if not group.wait(settings.start_seconds):
+            raise RuntimeError(
+                f"no place for the bundles {bundles} within {settings.start_seconds:.0f} s; free now: "
+                f"{ray.available_resources()}"
+            )
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def in_bundle(group: PlacementGroup, bundle: int, settings: ClusterSettings, environment: dict[str, str]) -> dict:
+    """Options of an actor that lives in a bundle of the group."""
+    cpus = settings.learner_cpus if bundle == 0 else settings.rollout_cpus
+    return {
+        "num_cpus": cpus,
+        "num_gpus": settings.gpus_per_engine,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+        "runtime_env": {"env_vars": {**environment, "OMP_NUM_THREADS": str(settings.threads)}},
+    }
+
+
+def await_ready(reference: ray.ObjectRef, what: str, seconds: float) -> None:
+    """Wait for a result without fetching it; raises DeadlineExceeded that names what was waited for."""
+    ready, _ = ray.wait([reference], timeout=seconds, fetch_local=False)
+    if not ready:
+        raise DeadlineExceeded(
+            f"{what} did not arrive within {seconds:.0f} s; look at the actor's log with `ray logs`, or raise "
+            "cluster.call_seconds"
+        )
+
+
+def await_result(reference: ray.ObjectRef, what: str, seconds: float) -> Any:
+    """Wait for a result and fetch it; raises DeadlineExceeded like `await_ready`."""
+    await_ready(reference, what, seconds)
+    return ray.get(reference, timeout=seconds)

@@ -1,0 +1,231 @@
+"""Every setting of a run, with its meaning, unit and default: the paper's defaults; presets in `configs/` fit a machine."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from item_index.input_error import InputError
+
+
+class Section(BaseModel):
+    """Strict: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Section):
+    items: str = Field(
+        "data/items.parquet", description="Parquet file of the items: item_id, title, and optional columns."
+    )
+    interactions: str = Field(
+        "data/interactions.parquet", description="Parquet file of the interactions: user_id, item_id, timestamp."
+    )
+    minimum_interactions: int = Field(
+        5, ge=3, description="Users and items with fewer distinct interactions are dropped."
+    )
+
+
+class IndexSettings(Section):
+    level_sizes: tuple[int, ...] = Field(
+        (256, 256, 256, 256), min_length=1, description="Codes of each residual level."
+    )
+    embedding_dimensions: int = Field(64, ge=1, description="Dimensions of the TF-IDF + SVD item vectors.")
+    sentence_transformer: str | None = Field(
+        None, description="Local sentence-transformers folder that embeds the items instead of TF-IDF + SVD."
+    )
+    balanced: bool = Field(False, description="Clusters of equal size instead of plain k-means.")
+    spare_collision_codes: int = Field(8, ge=0, description="Collision codes reserved for items that come later.")
+
+
+class CorpusSettings(Section):
+    history_items: int = Field(20, ge=1, description="Items of a history that a prompt shows, the latest ones.")
+    minimum_history: int = Field(4, ge=1, description="Least items before a target for reasoning rows and RL prompts.")
+    reasoning_rows: int | None = Field(
+        None, ge=0, description="Reasoning rows at most, drawn by the seed; all when null."
+    )
+    rewritten_history_items: int = Field(6, ge=1, description="Items that a rewritten history keeps at most.")
+    rl_holdout: float = Field(0.1, ge=0, lt=1, description="Share of train targets kept out of supervised rows for RL.")
+    text_vocabulary: int = Field(600, ge=257, description="BPE tokens of a tokenizer that is trained from scratch.")
+
+
+class ModelSettings(Section):
+    checkpoint: str | None = Field(
+        None, description="Local Hugging Face checkpoint to start from; null builds a Llama."
+    )
+    hidden_size: int = Field(128, ge=32, description="Width of the Llama that is built from scratch, a multiple of 32.")
+    intermediate_size: int = Field(256, ge=1, description="Width of its feed-forward blocks.")
+    layers: int = Field(2, ge=1, description="Number of its layers.")
+
+
+class SupervisedSettings(Section):
+    passes: int = Field(3, ge=1, description="Passes over the rows; direct windows are drawn anew for each.")
+    batch_rows: int = Field(64, ge=1, description="Rows of one optimizer step.")
+    micro_batch_tokens: int = Field(8192, ge=1, description="Padded tokens of one forward pass at most.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
+    warm_up: float = Field(
+        0.1, ge=0, lt=1, description="Share of the steps with a growing learning rate; cosine after."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    gradient_clip: float = Field(1.0, gt=0, description="Clip of the global gradient norm.")
+    zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed's ZeRO stage.")
+
+
+class ObjectiveSection(Section):
+    clip_low: float = Field(0.2, ge=0, lt=1, description="PPO clip below 1.")
+    clip_high: float = Field(0.2, ge=0, description="PPO clip above 1.")
+    dual_clip: float = Field(10.0, gt=1, description="Bound of the ratio's effect for negative advantages.")
+    kl_coefficient: float = Field(0.001, ge=0, description="Weight of the k3 divergence from the frozen reference.")
+    importance_cap: float = Field(2.0, gt=0, description="Truncation of the learner's over the sampler's probability.")
+    token_mean: Literal["per_mode", "global"] = Field(
+        "per_mode", description="Token mean inside each mode, weighted by prompts, or over all tokens alike."
+    )
+
+
+class TrainSettings(Section):
+    steps: int = Field(150, ge=0, description="Optimizer phases: rollouts, update, weight transfer.")
+    prompts_per_step: int = Field(256, ge=1, description="Groups that one step trains on.")
+    mini_batch_prompts: int = Field(64, ge=1, description="Groups of one optimizer step.")
+    responses: int = Field(10, ge=2, description="Responses of a group (n).")
+    pass_k: int = Field(4, ge=1, description="K of the Pass@K bonus.")
+    reasoning_share: float = Field(0.5, ge=0, le=1, description="Share of the prompts in reasoning mode.")
+    exclude_seen: bool = Field(True, description="Answers may not be items of the user's own earlier history.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; no top-p, no top-k.")
+    reasoning_budget: int = Field(1560, ge=1, description="Tokens of a reasoning response at most.")
+    minimum_think_tokens: int = Field(8, ge=0, description="A shorter think block earns no format credit.")
+    learning_rate: float = Field(2e-6, ge=0, description="Learning rate after the warm-up.")
+    warm_up_steps: int = Field(10, ge=0, description="Optimizer steps with a growing learning rate.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
+    gradient_clip: float = Field(1.0, gt=0, description="Clip of the global gradient norm.")
+    micro_batch_tokens: int = Field(8192, ge=1, description="Packed tokens of one forward pass at most.")
+    zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed's ZeRO stage.")
+    generation_rounds: int = Field(4, ge=1, description="Rounds of generation that may fill one step's batch.")
+    maximum_staleness: int = Field(1, ge=0, description="Steps for which surplus groups may be kept.")
+    probe_prompts: int = Field(256, ge=0, description="Fixed validation prompts scored before and after training.")
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="The token-level objective.")
+
+
+class EvaluationSettings(Section):
+    part: Literal["test", "validation"] = Field("test", description="Which target of each user is evaluated.")
+    users: int | None = Field(None, ge=1, description="Users to evaluate, drawn by the seed; all when null.")
+    beam_width: int = Field(50, ge=1, description="Beams of direct mode, and longest ranked list.")
+    chains: int = Field(4, ge=1, description="Reasoning chains sampled for each user.")
+    chain_beam_width: int = Field(50, ge=1, description="Beams after each chain.")
+    batch_users: int = Field(64, ge=1, description="Users of one beam search.")
+    examples: int = Field(5, ge=0, description="Recommendations to show.")
+
+
+class ClusterSettings(Section):
+    address: str | None = Field(None, description="Ray address; null uses RAY_ADDRESS, or starts Ray on this machine.")
+    learner_cpus: float = Field(1, gt=0, description="CPUs of the learner's placement-group bundle.")
+    rollout_cpus: float = Field(1, gt=0, description="CPUs of the rollout engine's bundle.")
+    gpus_per_engine: float = Field(
+        0, ge=0, description="GPUs of the learner's and of the rollout engine's bundle each."
+    )
+    threads: int = Field(2, ge=1, description="Compute threads of each actor; rollout and learning take turns.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the rollout engine.")
+    kv_cache_mib: int = Field(256, ge=16, description="Key-value cache of the rollout engine, MiB.")
+    rollout_sequences: int = Field(256, ge=1, description="Responses that the engine decodes at once.")
+    start_seconds: float = Field(300, gt=0, description="Deadline for an actor to start.")
+    call_seconds: float = Field(1800, gt=0, description="Deadline for one call of an actor.")
+
+
+class TrackingSettings(Section):
+    uri: str | None = Field(None, description="MLflow tracking URI; null keeps SQLite in the run folder.")
+    experiment: str = Field("gream", description="MLflow experiment.")
+
+
+class Settings(Section):
+    run_folder: str = Field("runs/run", description="Folder that holds everything of the run.")
+    seed: int = Field(0, ge=0, description="Fixes the split, the index, the rows, the rollouts and the training.")
+    data: DataSettings = Field(default_factory=DataSettings, description="Where items and interactions come from.")
+    index: IndexSettings = Field(
+        default_factory=IndexSettings, description="The index stage: semantic IDs of the items."
+    )
+    corpus: CorpusSettings = Field(default_factory=CorpusSettings, description="The corpus stage: rows and prompts.")
+    model: ModelSettings = Field(default_factory=ModelSettings, description="The language model to start from.")
+    sft: SupervisedSettings = Field(default_factory=SupervisedSettings, description="The supervised stage.")
+    train: TrainSettings = Field(default_factory=TrainSettings, description="The SRPO stage.")
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="The evaluate stage.")
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="Ray, placement and engines.")
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="MLflow.")
+
+    @model_validator(mode="after")
+    def _budgets_fit(self) -> Settings:
+        depth = len(self.index.level_sizes) + 1
+        if self.train.reasoning_budget < 2 * depth + 3:
+            raise ValueError(
+                f"train.reasoning_budget of {self.train.reasoning_budget} tokens cannot hold a closing; "
+                f"set it to at least {2 * depth + 3}"
+            )
+        if self.train.mini_batch_prompts > self.train.prompts_per_step:
+            raise ValueError("train.mini_batch_prompts must not exceed train.prompts_per_step")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_folder)
+
+    def dump(self) -> str:
+        """The settings as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_settings(file: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """Settings from a YAML file (defaults without one) and `key.path=value` overrides, values read as YAML.
+
+    Raises InputError for a missing or broken file, an override without `=`, an unknown key (the nearest valid one is
+    named), or a value outside its range.
+    """
+    values: Any = {}
+    if file is not None:
+        try:
+            values = yaml.safe_load(Path(file).read_text()) or {}
+        except FileNotFoundError:
+            raise InputError("the settings file does not exist", file=file) from None
+        except yaml.YAMLError as error:
+            raise InputError(f"the settings file is not YAML: {error}", file=file) from None
+        if not isinstance(values, dict):
+            raise InputError("the settings file must be a mapping of keys to values", file=file)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise InputError(f"the override {override!r} is not of the form key=value", remedy="Write train.steps=10.")
+        place = values
+        *sections, last = key.strip().split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise InputError(f"{section!r} in the override {override!r} is a value, not a section")
+        place[last] = yaml.safe_load(text)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_explain(error), file=file, remedy="See `gream run --dry-run` for all keys.") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per problem; an unknown key names the nearest valid one."""
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(path[-1], _keys_at(path[:-1]), n=1, cutoff=0)
+            lines.append(f"there is no key {'.'.join(path)!r}; the nearest one is {'.'.join([*path[:-1], *near])!r}")
+        else:
+            lines.append(f"{'.'.join(path) or 'settings'}: {problem['msg']}")
+    return "; ".join(lines)
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    """Valid keys of a section."""
+    section: Any = Settings
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        section = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type)), annotation)
+    return list(section.model_fields)

@@ -1,0 +1,306 @@
+"""The SRPO stage (section 3): one flat loop of rollouts, rewards, advantages, update and weight transfer."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from evaluation.metrics import paired_bootstrap
+
+from actors.learner import ENVIRONMENT as LEARNER_ENVIRONMENT
+from actors.learner import LearnerActor
+from actors.reward import RewardActor, ScoredResponses
+from actors.rollout import ENVIRONMENT as ROLLOUT_ENVIRONMENT
+from actors.rollout import RolloutActor, prompt_seeds
+from cluster.placement import await_ready, await_result, engines_placed, in_bundle, ray_session
+from cluster.progress import console, progress_bar
+from cluster.prompts import PromptSource
+from cluster.settings import Settings
+from cluster.tracking import Tracker
+from curriculum.corpus import Corpus
+from item_index.constraint import MODES
+from learner.advantages import bonus_calibrated_advantages, groups_with_variance
+from learner.rollouts import RolloutPrompts
+
+PROBE_RESPONSES = 4
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group that has variance and waits to be trained on; the rollouts themselves stay in the object store."""
+
+    batch: ray.ObjectRef
+    place: int
+    reasoning: bool
+    weight_version: int
+    rewards: np.ndarray
+    hits: np.ndarray
+
+
+@dataclass(frozen=True)
+class Actors:
+    """The three actors of the loop and the deadline of their calls."""
+
+    learner: Any
+    rollout: Any
+    reward: Any
+    seconds: float
+
+    def generate(self, prompts: RolloutPrompts, **arguments: Any) -> ray.ObjectRef:
+        """Reference of a finished batch of rollouts, which stays in the object store."""
+        batch = self.rollout.generate.remote(prompts, **arguments)
+        await_ready(batch, "the rollouts", self.seconds)
+        return batch
+
+    def transfer_weights(self) -> int:
+        """Learner -> object store -> rollout engine; returns the version that samples from now on."""
+        exported = self.learner.exported_weights.options(num_returns=2).remote()
+        version = await_result(self.rollout.update_weights.remote(*exported), "the weight transfer", self.seconds)
+        return int(version)
+
+
+class Timers:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - started
+
+
+@contextmanager
+def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Iterator[Actors]:
+    """Learner, rollout engine and reward worker on the checkpoint, placed and ready."""
+    train, cluster = settings.train, settings.cluster
+    index, model = str(index_folder.resolve()), str(checkpoint.resolve())
+    with engines_placed(cluster) as group:
+        learner = LearnerActor.options(**in_bundle(group, 0, cluster, LEARNER_ENVIRONMENT)).remote(
+            model,
+            engine={
+                "learning_rate": train.learning_rate, "weight_decay": train.weight_decay,
+                "warm_up_steps": train.warm_up_steps, "total_steps": train.steps, "schedule": "constant",
+                "gradient_clip": train.gradient_clip, "zero_stage": train.zero_stage,
+            },
+            seed=settings.seed, threads=cluster.threads,
+        )  # fmt: skip
+        rollout = RolloutActor.options(**in_bundle(group, 1, cluster, ROLLOUT_ENVIRONMENT)).remote(
+            model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib, sequences=cluster.rollout_sequences,
+            threads=cluster.threads, seed=settings.seed,
+        )  # fmt: skip
+        reward = RewardActor.options(num_cpus=0).remote(index, model, minimum_think_tokens=train.minimum_think_tokens)
+        prepared = learner.prepare_srpo.remote(
+            index, train.objective.model_dump(), temperature=train.temperature,
+            mini_batch_prompts=train.mini_batch_prompts, micro_batch_tokens=train.micro_batch_tokens, seed=settings.seed,
+        )  # fmt: skip
+        await_result(prepared, "the learner's start", cluster.start_seconds)
+        await_result(rollout.weight_version.remote(), "the rollout engine's start", cluster.start_seconds)
+        yield Actors(learner, rollout, reward, cluster.call_seconds)
+
+
+def run_train(
+    settings: Settings, corpus: Corpus, index_folder: Path, sft_checkpoint: Path, folder: Path, tracker: Tracker
+):
+    """Post-train the supervised checkpoint; the result is `folder/checkpoint`, the probes are `folder/probe.json`."""
+    train = settings.train
+    source = PromptSource(corpus, reasoning_budget=train.reasoning_budget, exclude_seen=train.exclude_seen)
+    with ray_session(settings.cluster), srpo_actors(settings, index_folder, sft_checkpoint) as actors:
+        before = probe(settings, source, actors)
+        loop = SrpoLoop(settings, source, actors)
+        with progress_bar("train", train.steps) as bar:
+            for step in range(1, train.steps + 1):
+                metrics = loop.step(step)
+                tracker.metrics({f"train/{name}": value for name, value in metrics.items()}, step)
+                bar.advance(reward=metrics["reward"], direct=metrics.get("direct/reward", math.nan),
+                            reasoning=metrics.get("reasoning/reward", math.nan))  # fmt: skip
+        after = probe(settings, source, actors)
+        await_result(actors.learner.save.remote(str((folder / "checkpoint").resolve())), "saving the checkpoint", 300)
+    report = compare_probes(before, after, seed=settings.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "probe.json").write_text(json.dumps(report, indent=2))
+    for mode, values in report.items():
+        console.print(
+            f"train: mean reward on {values['prompts']} validation prompts, {mode}: {values['before']:.4f} -> "
+            f"{values['after']:.4f} (difference {values['difference']:+.4f}, 95 % interval "
+            f"{values['low']:+.4f} .. {values['high']:+.4f})"
+        )
+        tracker.metrics({f"probe/{mode}/{name}": value for name, value in values.items()}, train.steps)
+    return report
+
+
+class SrpoLoop:
+    """The state of the loop between steps: the order of prompts and the surplus groups."""
+
+    def __init__(self, settings: Settings, source: PromptSource, actors: Actors) -> None:
+        self.settings, self.source, self.actors = settings, source, actors
+        positions = source.reinforcement_positions(settings.corpus.minimum_history)
+        self.generator = np.random.default_rng([settings.seed, 4])
+        self.positions, self.drawn = self.generator.permutation(positions), 0
+        self.surplus: list[ScoredGroup] = []
+        self.version = 0
+        self.kept_share = {False: 1.0, True: 1.0}
+        self.prompts_made = 0
+
+    def draw(self, count: int) -> np.ndarray:
+        """The next positions, in a new order after every pass over all of them."""
+        chosen: list[np.ndarray] = []
+        while count > 0:
+            if self.drawn == len(self.positions):
+                self.positions, self.drawn = self.generator.permutation(self.positions), 0
+            part = self.positions[self.drawn : self.drawn + count]
+            self.drawn += len(part)
+            count -= len(part)
+            chosen.append(part)
+        return np.concatenate(chosen)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One step; returns its metrics, seconds by phase among them."""
+        train, actors = self.settings.train, self.actors
+        started, timers = time.perf_counter(), Timers()
+        quota = {True: round(train.reasoning_share * train.prompts_per_step)}
+        quota[False] = train.prompts_per_step - quota[True]
+        fresh_enough = self.version - train.maximum_staleness
+        groups = [group for group in self.surplus if group.weight_version >= fresh_enough]
+        scored: list[tuple[np.ndarray, ScoredResponses]] = []
+
+        # Dynamic sampling: groups without variance teach nothing, so more are generated until the batch is full.
+        for _round in range(train.generation_rounds):
+            missing = {mode: quota[mode] - sum(group.reasoning == mode for group in groups) for mode in quota}
+            wanted = {mode: math.ceil(n / max(self.kept_share[mode], 0.25)) for mode, n in missing.items() if n > 0}
+            if not wanted:
+                break
+            modes = [MODES[int(mode)] for mode, count in wanted.items() for _ in range(count)]
+            prompts = self.source.prompts(self.draw(len(modes)), modes)
+            seeds = prompt_seeds(self.settings.seed, step, len(prompts), self.prompts_made)
+            self.prompts_made += len(prompts)
+            with timers("rollouts"):
+                batch = actors.generate(prompts, responses=train.responses, seeds=seeds, temperature=train.temperature)
+            with timers("rewards"):
+                scores: ScoredResponses = await_result(actors.reward.score.remote(batch), "the rewards", actors.seconds)
+            scored.append((prompts.reasoning, scores))
+            varied = groups_with_variance(torch.from_numpy(scores.rewards)).numpy()
+            for mode in wanted:
+                self.kept_share[mode] = float(varied[prompts.reasoning == mode].mean())
+            groups += [
+                ScoredGroup(batch, int(place), bool(prompts.reasoning[place]), self.version, scores.rewards[place],
+                            scores.hits[place])
+                for place in np.nonzero(varied)[0]
+            ]  # fmt: skip
+        chosen = [
+            group for mode in quota for group in [group for group in groups if group.reasoning == mode][: quota[mode]]
+        ]
+        self.surplus = [group for group in groups if not any(group is taken for taken in chosen)]
+        if not chosen:
+            raise RuntimeError(
+                f"step {step}: no group of {sum(len(r) for r, _ in scored)} had any variance in its rewards; "
+                "raise train.responses or train.temperature, or train the supervised stage for longer"
+            )
+
+        advantages_GN = bonus_calibrated_advantages(
+            torch.from_numpy(np.stack([group.rewards for group in chosen])),
+            k=train.pass_k,
+            hits_GN=torch.from_numpy(np.stack([group.hits for group in chosen])),
+        )
+        with timers("learner"):
+            batches = list({group.batch: None for group in chosen})
+            number = {batch: place for place, batch in enumerate(batches)}
+            members = [(number[group.batch], group.place) for group in chosen]
+            learnt = await_result(
+                actors.learner.update.remote(members, advantages_GN.numpy(), *batches), "the update", actors.seconds
+            )
+        with timers("weights"):
+            self.version = actors.transfer_weights()
+        total = time.perf_counter() - started
+        responses = sum(scores.rewards.size for _, scores in scored)
+        return {
+            **rollout_metrics(scored),
+            **{f"learner/{name}": value for name, value in learnt.items()},
+            "groups_generated": float(sum(len(reasoning) for reasoning, _ in scored)),
+            "groups_trained": float(len(chosen)),
+            "groups_kept_for_later": float(len(self.surplus)),
+            "weight_version": float(self.version),
+            **{f"seconds/{phase}": seconds for phase, seconds in timers.seconds.items()},
+            "seconds/step": total,
+            "responses_per_second": responses / total,
+        }
+
+
+def rollout_metrics(scored: list[tuple[np.ndarray, ScoredResponses]]) -> dict[str, float]:
+    """Means over all generated groups, by mode."""
+    metrics: dict[str, float] = {}
+    reasoning = np.concatenate([flags for flags, _ in scored])
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(scores, name) for _, scores in scored])
+
+    rewards = column("rewards")
+    metrics["reward"] = float(rewards.mean())
+    metrics["valid_rate"] = float(column("valid").mean())
+    for flag, mode in enumerate(MODES):
+        rows = reasoning == bool(flag)
+        if not rows.any():
+            continue
+        metrics[f"{mode}/reward"] = float(rewards[rows].mean())
+        metrics[f"{mode}/hit_rate"] = float(column("hits")[rows].mean())
+        metrics[f"{mode}/valid_rate"] = float(column("valid")[rows].mean())
+        metrics[f"{mode}/well_formed_rate"] = float(column("well_formed")[rows].mean())
+        metrics[f"{mode}/response_tokens"] = float(column("lengths")[rows].mean())
+        metrics[f"{mode}/groups_with_variance"] = float(
+            groups_with_variance(torch.from_numpy(rewards[rows])).float().mean()
+        )
+    metrics["forced_close_rate"] = float(column("forced")[reasoning].mean()) if reasoning.any() else 0.0
+    return metrics
+
+
+def probe(settings: Settings, source: PromptSource, actors: Actors) -> dict[str, ScoredResponses]:
+    """Scores of the same validation prompts with the same seeds, in each mode that is trained."""
+    positions = np.random.default_rng([settings.seed, 5]).permutation(source.evaluation_positions("validation"))
+    positions = positions[: settings.train.probe_prompts]
+    scores = {}
+    for mode in MODES:
+        share = settings.train.reasoning_share if mode == "reasoning" else 1 - settings.train.reasoning_share
+        if not len(positions) or share == 0:
+            continue
+        prompts = source.prompts(positions, [mode] * len(positions))
+        batch = actors.generate(
+            prompts, responses=PROBE_RESPONSES, seeds=prompt_seeds(settings.seed, 0, len(prompts)),
+            temperature=settings.train.temperature,
+        )  # fmt: skip
+        scores[mode] = await_result(actors.reward.score.remote(batch), "the probe", actors.seconds)
+    return scores
+
+
+def compare_probes(
+    before: dict[str, ScoredResponses], after: dict[str, ScoredResponses], *, seed: int
+) -> dict[str, dict[str, float]]:
+    """Mean rewards before and after, paired by prompt, with a 95 % bootstrap interval; per mode and over both."""
+    pairs = {mode: (before[mode].rewards.mean(axis=1), after[mode].rewards.mean(axis=1)) for mode in before}
+    if len(pairs) > 1:
+        first, last = zip(*pairs.values(), strict=True)
+        pairs["both modes"] = (np.mean(first, axis=0), np.mean(last, axis=0))
+    report = {}
+    for mode, (first, last) in pairs.items():
+        difference, low, high = paired_bootstrap(first, last, seed=seed)
+        report[mode] = {
+            "prompts": len(first), "before": float(first.mean()), "after": float(last.mean()),
+            "difference": difference, "low": low, "high": high,
+        }  # fmt: skip
+        if mode in after:
+            report[mode]["valid_rate"] = float(after[mode].valid.mean())
+            report[mode]["well_formed_rate"] = float(after[mode].well_formed.mean())
+            report[mode]["hit_rate_before"] = float(before[mode].hits.mean())
+            report[mode]["hit_rate_after"] = float(after[mode].hits.mean())
+    return report

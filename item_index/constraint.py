@@ -1,0 +1,318 @@
+"""The automaton that keeps every response inside the format and the catalogue.
+
+A state is a function of the response's tokens so far: the phase, the trie node and the tokens left of the budget. The
+sampler (vLLM) and the learner ask the same code which tokens are allowed, and renormalise over the same set.
+
+    direct     ANSWER: along the trie from the root; an item's node allows its children and the end of sequence
+    reasoning  THINK, free text -> `</think>` -> REWRITE, free text -> `<answer>` -> ANSWER along the trie ->
+               `</answer>` -> CLOSED -> end of sequence -> DONE
+
+In free text a token of the first level opens a semantic ID, which must run along the trie to an item. When no more is
+left of the budget than the longest closing, only the shortest way to a closed answer is allowed; its semantic ID is
+still sampled. Excluded items are forbidden in the answer only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from item_index.ragged import RaggedArray
+from item_index.tokens import SemanticIdTokens
+from item_index.trie import NO_ITEM, NO_NODE, ROOT, ItemTrie
+
+Mode = Literal["direct", "reasoning"]
+MODES: tuple[Mode, ...] = ("direct", "reasoning")
+
+
+class Phase(IntEnum):
+    THINK = 0
+    REWRITE = 1
+    ANSWER = 2
+    CLOSED = 3
+    DONE = 4
+
+
+class ConstraintViolation(ValueError):
+    """A response holds a token that its constraint does not allow: sampler and constraint disagree."""
+
+
+@dataclass
+class ConstraintStates:
+    """States of B responses.
+
+    Attributes:
+        phase: int8 [B], a `Phase`.
+        node: int64 [B], trie node (the root where no semantic ID is open).
+        remaining: int64 [B], tokens that may still be generated.
+        reasoning: bool [B], the mode.
+        forced: bool [B], whether the closing had to be forced by the budget so far.
+        exclusion: int64 [B], row of `excluded_counts`, -1 where nothing is excluded.
+        excluded_counts: int32 [exclusions, nodes], excluded items at or below each node.
+    """
+
+    phase: np.ndarray
+    node: np.ndarray
+    remaining: np.ndarray
+    reasoning: np.ndarray
+    forced: np.ndarray
+    exclusion: np.ndarray
+    excluded_counts: np.ndarray
+
+    def select(self, rows: np.ndarray) -> ConstraintStates:
+        """The states of some rows (copies; the exclusion table is shared)."""
+        return ConstraintStates(
+            self.phase[rows], self.node[rows], self.remaining[rows], self.reasoning[rows], self.forced[rows],
+            self.exclusion[rows], self.excluded_counts,
+        )  # fmt: skip
+
+    def put(self, rows: np.ndarray, states: ConstraintStates) -> None:
+        """Write states (as `select` gave them, moved on) back to their rows."""
+        for name in ("phase", "node", "remaining", "forced"):
+            getattr(self, name)[rows] = getattr(states, name)
+
+
+@dataclass(frozen=True)
+class AllowedTokens:
+    """Allowed next tokens of B positions: a shared free-text set, tokens listed one by one, or both.
+
+    Attributes:
+        free_text: int8 [B]; row of `AnswerConstraint.free_text_masks` that is allowed, -1 for none.
+        listed: int64 tokens, one row per position.
+    """
+
+    free_text: np.ndarray
+    listed: RaggedArray
+
+    def __len__(self) -> int:
+        return len(self.free_text)
+
+    @property
+    def has_choice(self) -> np.ndarray:
+        """bool [B]: more than one token is allowed (a set of one has log-probability 0)."""
+        return (self.free_text >= 0) | (self.listed.lengths > 1)
+
+    def padded(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [len(rows), widest]: listed tokens of some rows, -1 after the last."""
+        chosen = self.listed.select(rows)
+        table = np.full((len(rows), int(chosen.lengths.max(initial=1))), -1, dtype=np.int64)
+        table[np.arange(table.shape[1])[None, :] < chosen.lengths[:, None]] = chosen.values
+        return table
+
+    def select(self, rows: np.ndarray) -> AllowedTokens:
+        """Some positions, in the given order."""
+        return AllowedTokens(self.free_text[rows], self.listed.select(rows))
+
+
+@dataclass(frozen=True)
+class AnswerConstraint:
+    """The automaton over one trie and one vocabulary."""
+
+    trie: ItemTrie
+    tokens: SemanticIdTokens
+
+    @cached_property
+    def closing_length(self) -> int:
+        """Most tokens that a closed answer can still need: finish an open semantic ID, `</think>`, `<answer>`, the
+        longest semantic ID, `</answer>`, end of sequence."""
+        return 2 * self.trie.depth + 3
+
+    def minimum_budget(self, mode: Mode) -> int:
+        """Least token budget with which a response can answer."""
+        return self.trie.depth + 1 if mode == "direct" else self.closing_length
+
+    @cached_property
+    def free_text_masks(self) -> np.ndarray:
+        """bool [2, vocabulary]: tokens allowed in free text, in the think block and after it."""
+        tokens = self.tokens
+        masks = np.ones((2, tokens.vocabulary_size), dtype=bool)
+        masks[:, tokens.tokenizer_size :] = False
+        masks[:, tokens.level_of_token > 0] = False
+        first_level = np.zeros(tokens.vocabulary_size, dtype=bool)
+        children, _ = self.trie.children(np.array([ROOT]))
+        first_level[tokens.code_tokens[0][self.trie.code[children]]] = True
+        masks[:, (tokens.level_of_token == 0) & ~first_level] = False
+        masks[:, [tokens.end_of_sequence, *tokens.stop_tokens, tokens.think_open, tokens.answer_close]] = False
+        masks[Phase.THINK, tokens.answer_open] = False
+        masks[Phase.REWRITE, tokens.think_close] = False
+        return masks
+
+    @cached_property
+    def node_token(self) -> np.ndarray:
+        """int64 [nodes]: the token of the edge into each node (-1 for the root)."""
+        token = np.full(self.trie.nodes, -1, dtype=np.int64)
+        for level, code_tokens in enumerate(self.tokens.code_tokens):
+            at = np.nonzero(self.trie.level == level + 1)[0]
+            token[at] = code_tokens[self.trie.code[at]]
+        return token
+
+    def start(
+        self,
+        modes: Sequence[Mode],
+        budgets: Sequence[int] | np.ndarray,
+        excluded: Sequence[np.ndarray | Sequence[int] | None] | None = None,
+    ) -> ConstraintStates:
+        """States before the first token of B responses; `excluded` are item rows per response.
+
+        Raises ValueError for an unknown mode, a budget too small to answer, or an exclusion that leaves no item.
+        """
+        for row, (mode, budget) in enumerate(zip(modes, budgets, strict=True)):
+            if mode not in MODES:
+                raise ValueError(f"response {row}: unknown mode {mode!r}; the modes are {', '.join(MODES)}")
+            if budget < self.minimum_budget(mode):
+                raise ValueError(
+                    f"response {row}: a budget of {budget} tokens cannot hold an answer in {mode} mode; "
+                    f"allow at least {self.minimum_budget(mode)}"
+                )
+        reasoning = np.array([mode == "reasoning" for mode in modes], dtype=bool)
+        exclusion = np.full(len(modes), -1, dtype=np.int64)
+        tables = []
+        for row, items in enumerate(excluded or ()):
+            if items is None or len(items) == 0:
+                continue
+            distinct = np.unique(np.asarray(items, dtype=np.int64))
+            if len(distinct) >= self.trie.items:
+                raise ValueError(f"response {row}: all {self.trie.items} items are excluded; nothing can be answered")
+            exclusion[row] = len(tables)
+            tables.append(self.trie.excluded_below(distinct))
+        return ConstraintStates(
+            phase=np.where(reasoning, Phase.THINK, Phase.ANSWER).astype(np.int8),
+            node=np.full(len(modes), ROOT, dtype=np.int64),
+            remaining=np.asarray(budgets, dtype=np.int64).copy(),
+            reasoning=reasoning,
+            forced=np.zeros(len(modes), dtype=bool),
+            exclusion=exclusion,
+            excluded_counts=np.stack(tables) if tables else np.zeros((0, self.trie.nodes), dtype=np.int32),
+        )
+
+    def _open(self, states: ConstraintStates, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        """bool [len(rows)]: whether an item that may be answered lies at or below the node."""
+        exclusion = states.exclusion[rows]
+        limited = (exclusion >= 0) & (states.phase[rows] == Phase.ANSWER)
+        open_ = np.ones(len(rows), dtype=bool)
+        open_[limited] = (
+            self.trie.items_below[nodes[limited]] > states.excluded_counts[exclusion[limited], nodes[limited]]
+        )
+        return open_
+
+    def _forced(self, states: ConstraintStates) -> np.ndarray:
+        """bool [B]: free text must close now."""
+        return (states.phase <= Phase.REWRITE) & (states.remaining <= self.closing_length)
+
+    def allowed(self, states: ConstraintStates) -> AllowedTokens:
+        """The allowed next tokens of every state; a finished response allows the end of sequence only."""
+        tokens, trie = self.tokens, self.trie
+        phase, node = states.phase, states.node
+        free_phase = phase <= Phase.REWRITE
+        forced = self._forced(states)
+        has_item = trie.item[node] != NO_ITEM
+        at_boundary = free_phase & ((node == ROOT) | has_item)
+
+        # Children in the trie: everywhere inside a semantic ID, and at the root of an answer.
+        walks = ((phase == Phase.ANSWER) | (free_phase & (node != ROOT))) & ~(forced & has_item)
+        rows = np.nonzero(walks)[0]
+        child_nodes, offsets = trie.children(node[rows])
+        child_rows = np.repeat(rows, np.diff(offsets))
+        open_ = self._open(states, child_rows, child_nodes)
+        child_rows, child_nodes = child_rows[open_], child_nodes[open_]
+
+        # One token that ends or closes something, where there is one.
+        closing = np.full(len(phase), -1, dtype=np.int64)
+        closing[(phase == Phase.CLOSED) | (phase == Phase.DONE)] = tokens.end_of_sequence
+        answered = np.nonzero((phase == Phase.ANSWER) & has_item)[0]
+        if states.excluded_counts.size:
+            answered = answered[~self._item_excluded(states, answered)]
+        closing[answered] = np.where(states.reasoning[answered], tokens.answer_close, tokens.end_of_sequence)
+        ends = forced & at_boundary
+        closing[ends] = np.where(phase[ends] == Phase.THINK, tokens.think_close, tokens.answer_open)
+
+        closing_rows = np.nonzero(closing >= 0)[0]
+        all_rows = np.concatenate([child_rows, closing_rows])
+        listed = np.concatenate([self.node_token[child_nodes], closing[closing_rows]])
+        order = np.argsort(all_rows, kind="stable")
+        counts = np.bincount(all_rows, minlength=len(phase))
+        free_text = np.where(at_boundary & ~forced, phase, -1).astype(np.int8)
+        return AllowedTokens(free_text, RaggedArray(listed[order], np.concatenate([[0], np.cumsum(counts)])))
+
+    def _item_excluded(self, states: ConstraintStates, rows: np.ndarray) -> np.ndarray:
+        """bool [len(rows)]: whether the very item that ends at the state's node is excluded."""
+        node, exclusion = states.node[rows], states.exclusion[rows]
+        excluded = np.zeros(len(rows), dtype=bool)
+        for place in np.nonzero(exclusion >= 0)[0]:
+            counts = states.excluded_counts[exclusion[place]]
+            start, stop = self.trie.child_start[node[place]], self.trie.child_start[node[place] + 1]
+            excluded[place] = counts[node[place]] > counts[start:stop].sum()
+        return excluded
+
+    def advance(self, states: ConstraintStates, next_tokens: np.ndarray) -> None:
+        """Take one token in every state, in place. Raises ConstraintViolation for a token that is not allowed."""
+        tokens, trie = self.tokens, self.trie
+        next_tokens = np.asarray(next_tokens, dtype=np.int64)
+        if next_tokens.size and (next_tokens.min() < 0 or next_tokens.max() >= tokens.vocabulary_size):
+            raise ConstraintViolation(f"token ids must lie in 0..{tokens.vocabulary_size - 1}")
+        phase, node = states.phase, states.node
+        level, code = tokens.level_of_token[next_tokens], tokens.code_of_token[next_tokens]
+        free_phase = phase <= Phase.REWRITE
+        forced = self._forced(states)
+        has_item = trie.item[node] != NO_ITEM
+        states.forced |= forced
+
+        # A semantic-ID token goes down from the open node, or opens a new one where free text may go on.
+        child = trie.step(node, np.where(level == trie.level[node], code, -1))
+        reopened = trie.step(np.full(len(node), ROOT), np.where(level == 0, code, -1))
+        into = np.where((child == NO_NODE) & free_phase & has_item, reopened, child)
+        into = np.where(phase >= Phase.CLOSED, NO_NODE, into)
+        down = into != NO_NODE
+        down[down] &= self._open(states, np.nonzero(down)[0], into[down])
+        down &= ~(forced & ((node == ROOT) | has_item))
+
+        at_boundary = free_phase & ((node == ROOT) | has_item)
+        plain = at_boundary & ~forced & (level < 0) & self.free_text_masks[np.minimum(phase, 1), next_tokens]
+        think_closes = at_boundary & (phase == Phase.THINK) & (next_tokens == tokens.think_close)
+        answer_opens = at_boundary & (phase == Phase.REWRITE) & (next_tokens == tokens.answer_open)
+        terminator = np.where(states.reasoning, tokens.answer_close, tokens.end_of_sequence)
+        answer_ends = (phase == Phase.ANSWER) & has_item & (next_tokens == terminator)
+        if states.excluded_counts.size and answer_ends.any():
+            rows = np.nonzero(answer_ends)[0]
+            answer_ends[rows] = ~self._item_excluded(states, rows)
+        finishes = (phase >= Phase.CLOSED) & (next_tokens == tokens.end_of_sequence)
+
+        legal = down | plain | think_closes | answer_opens | answer_ends | finishes
+        if not legal.all():
+            row = int(np.nonzero(~legal)[0][0])
+            raise ConstraintViolation(
+                f"response {row}: token {int(next_tokens[row])} is not allowed in phase {Phase(int(phase[row])).name} "
+                f"at trie node {int(node[row])} with {int(states.remaining[row])} tokens left"
+            )
+        new_phase = phase.copy()
+        new_phase[think_closes] = Phase.REWRITE
+        new_phase[answer_opens] = Phase.ANSWER
+        new_phase[answer_ends] = np.where(states.reasoning[answer_ends], Phase.CLOSED, Phase.DONE)
+        new_phase[finishes] = Phase.DONE
+        states.node[:] = np.where(down, into, ROOT)
+        states.phase[:] = new_phase
+        states.remaining -= 1
+
+    def scan(self, responses: RaggedArray, states: ConstraintStates) -> AllowedTokens:
+        """Allowed tokens before every token of whole responses (in the order of `responses.values`), all responses
+        advanced together; `states` are moved on to the ends. Raises ConstraintViolation like `advance`."""
+        free_text, listed, places = [], [], []
+        for position in range(int(responses.lengths.max(initial=0))):
+            rows = np.nonzero(responses.lengths > position)[0]
+            at = responses.offsets[:-1][rows] + position
+            now = states.select(rows)
+            allowed = self.allowed(now)
+            free_text.append(allowed.free_text)
+            listed.append(allowed.listed)
+            places.append(at)
+            self.advance(now, responses.values[at])
+            states.put(rows, now)
+        if not places:
+            return AllowedTokens(np.zeros(0, np.int8), RaggedArray.of([], np.int64))
+        by_step = AllowedTokens(np.concatenate(free_text), RaggedArray.concatenate(listed))
+        return by_step.select(np.argsort(np.concatenate(places)))

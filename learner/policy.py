@@ -1,0 +1,106 @@
+"""The policy: a causal language model whose vocabulary holds the semantic-ID tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from item_index.constraint import AllowedTokens
+from item_index.input_error import InputError
+from learner.log_probabilities import allowed_log_probabilities, full_vocabulary_log_probabilities
+from learner.packing import PackedBatch
+
+
+def build_language_model(
+    tokenizer: Any, *, hidden_size: int, layers: int, intermediate_size: int, seed: int, positions: int = 2048
+) -> LlamaForCausalLM:
+    """A small Llama from scratch, float32, output head not tied, head size 32 (the least that vLLM's CPU build takes)."""
+    if hidden_size % 32:
+        raise InputError(f"hidden_size must be a multiple of 32, got {hidden_size}", field="model.hidden_size")
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 32,
+        head_dim=32,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def load_language_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A local checkpoint (safetensors only)."""
+    if not Path(path).is_dir():
+        raise InputError("there is no such checkpoint folder", file=path, remedy="Name a local folder.")
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation="sdpa",
+    )
+
+
+def fit_vocabulary(model: Any, tokenizer: Any, *, known_tokens: int, seed: int) -> int:
+    """Give the model a row for every token of the tokenizer; returns how many tokens are new.
+
+    Tokens from `known_tokens` on are new, also where the checkpoint has padding rows at their place. A new row is the
+    mean of the known ones plus noise of a tenth of their deviation, so that no two new tokens start as twins; tied heads
+    stay tied.
+    """
+    new_tokens = len(tokenizer) - known_tokens
+    if new_tokens <= 0:
+        return 0
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for embedding in [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()]):
+        weight = embedding.weight.data
+        known = weight[:known_tokens].float()
+        noise = torch.randn(new_tokens, weight.shape[1], generator=generator)
+        weight[known_tokens : len(tokenizer)] = (known.mean(dim=0) + 0.1 * known.std(dim=0) * noise).to(weight.dtype)
+    return new_tokens
+
+
+class Policy(nn.Module):
+    """Log-probabilities of the predicted tokens of a packed batch, so that DeepSpeed wraps what is really computed."""
+
+    def __init__(self, language_model: Any) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        allowed: AllowedTokens | None = None,
+        free_text_masks: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """float32 [T]: over the allowed sets where they are given, over the whole vocabulary otherwise."""
+        hidden_BLH = self.language_model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        hidden_TH = hidden_BLH[batch.sequence_T, batch.position_T]
+        head_VH = self.language_model.get_output_embeddings().weight
+        if allowed is None or free_text_masks is None:
+            return full_vocabulary_log_probabilities(hidden_TH, head_VH, batch.targets_T)
+        return allowed_log_probabilities(
+            hidden_TH, head_VH, batch.targets_T, allowed, free_text_masks, temperature=temperature
+        )
