@@ -63,6 +63,9 @@ class RolloutEngine:
             kv_cache_memory_bytes=kv_cache_mib * 2**20,
             enforce_eager=True,
             enable_prefix_caching=True,
+            # A prompt prefilled in parts rolls a seeded request's generator back, which torch cannot do on the CPU.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(maximum_tokens, 8192),
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             logits_processors=[ItemConstraintProcessor],

@@ -191,7 +191,7 @@ class SrpoLoop:
             with timers("rewards"):
                 scores: ScoredResponses = await_result(actors.reward.score.remote(batch), "the rewards", actors.seconds)
             scored.append((prompts.reasoning, scores))
-            varied = groups_with_variance(torch.from_numpy(scores.rewards)).numpy()
+            varied = groups_with_variance(torch.tensor(scores.rewards)).numpy()
             for mode in wanted:
                 self.kept_share[mode] = float(varied[prompts.reasoning == mode].mean())
             groups += [

@@ -1,0 +1,187 @@
+"""Reasoning traces: the embedded teacher, which argues from item metadata, and the gate that every trace has to pass.
+
+A trace has the five steps of section 2 of the paper. Steps 1 to 4 go inside the think block, step 5 is the denoised
+history behind it. The vocabulary is small and regular, because small models have to learn to write it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from item_index.catalogue import Catalogue
+from item_index.text import clean_text
+from rewards.answer import REWRITE_MARKER, STEP_MARKERS
+
+RECENT_ITEMS = 5
+DESCRIBED_CATEGORIES = 3
+
+_PUNCTUATION = re.compile(r"[\s.,;:|]+")
+_TRAILING_YEAR = re.compile(r"\s*\(\d{4}\)\s*$")
+# Words of the teacher's sentences: an item that is called "Taste" is not named by a trace that speaks of taste.
+_SENTENCE_WORDS = (
+    "an and by clear evidence fading for history in intent interest item items kind lately likely mostly next no"
+    " of often or preference recommendation rewritten rising shifting stated steady taste the"
+)
+
+
+@dataclass(frozen=True)
+class ReasoningTrace:
+    """One reasoning chain without its answer.
+
+    Attributes:
+        steps: steps 1 to 4, each beginning with its marker of `rewards.answer.STEP_MARKERS`.
+        rewritten: step 5, the items (rows of the catalogue) of the history that are kept, in their order.
+        removed: how many items of the history were not kept.
+    """
+
+    steps: tuple[str, str, str, str]
+    rewritten: tuple[int, ...]
+    removed: int
+
+    def render(self, semantic_id_text: Callable[[int], str]) -> tuple[str, str]:
+        """Text of the think block (steps 1 to 4) and of the rewriting behind it (step 5)."""
+        return " ".join(self.steps), f"{REWRITE_MARKER} {''.join(semantic_id_text(item) for item in self.rewritten)}"
+
+
+class MetadataTeacher:
+    """Writes traces from categories and brands alone; the same history and target always give the same trace.
+
+    Steps 1 to 3 are functions of the history: they never see the target. Step 4 describes the target by at most three
+    categories (the rarest of the catalogue, the most general of them first) and its brand, never by its title. Step 5
+    keeps the items that share a category with this description, at most the latest `rewritten_history_items` of them,
+    or the latest item of the history where none does. Step 5 knows the target's kind, which no model does at inference:
+    compare the answer's loss under the teacher's rewriting and under the model's own.
+
+    Category names are written in lower case, free of markup, special tokens and punctuation between words. Categories
+    that every item has are left out, because they tell nothing apart.
+    """
+
+    def __init__(self, catalogue: Catalogue, *, rewritten_history_items: int = 6) -> None:
+        if rewritten_history_items < 1:
+            raise ValueError(f"rewritten_history_items must be at least 1, got {rewritten_history_items}")
+        self.rewritten_history_items = rewritten_history_items
+        words = [tuple(dict.fromkeys(filter(None, map(_words, names)))) for names in catalogue.categories]
+        items_with = Counter(category for categories in words for category in categories)
+        described_items = sum(bool(categories) for categories in words)
+        self._frequency = {category: count for category, count in items_with.items() if count < described_items}
+        self._categories = [tuple(name for name in categories if name in self._frequency) for categories in words]
+        self._brands = [_words(brand) for brand in catalogue.brands]
+
+    def trace(self, history: Sequence[int], target: int) -> ReasoningTrace:
+        """The trace for a history (rows of the catalogue in time order, at least one) and the true next item.
+
+        Counts are over the whole `history`, so pass the part of it that the model sees. Raises ValueError for an empty
+        history and for rows outside the catalogue.
+        """
+        if len(history) == 0:
+            raise ValueError("a trace needs a history of at least one item")
+        items = [int(item) for item in history]
+        for item in (*items, target):
+            if not 0 <= item < len(self._categories):
+                raise ValueError(f"item {item} is not a row of the {len(self._categories)} items")
+        described = self._description(target)
+        matching = [item for item in items if set(described) & set(self._categories[item])]
+        rewritten = matching[-self.rewritten_history_items :] or items[-1:]
+        return ReasoningTrace(
+            steps=(*self._steps_from_history(items), self._recommendation(described, self._brands[target])),
+            rewritten=tuple(rewritten),
+            removed=len(items) - len(rewritten),
+        )
+
+    def _steps_from_history(self, items: list[int]) -> tuple[str, str, str]:
+        """Behavioural evidence, latent preference and intent."""
+        recent_items = items[-RECENT_ITEMS:]
+        whole = Counter(category for item in items for category in self._categories[item])
+        recent = Counter(category for item in recent_items for category in self._categories[item])
+        brands = Counter(self._brands[item] for item in items if self._brands[item])
+        # Share among the recent items less share of the whole history, times both numbers of items: exact integers.
+        trend = {category: recent[category] * len(items) - whole[category] * len(recent_items) for category in whole}
+        fifth = len(items) * len(recent_items) / 5
+
+        evidence = f"{STEP_MARKERS[0]} {len(items)} {'item' if len(items) == 1 else 'items'}, "
+        evidence += f"mostly {_counted(whole, 3)}" if whole else "no stated kind"
+        if recent and len(items) > RECENT_ITEMS:
+            evidence += f"; lately {_counted(recent, 2)}"
+        if brands and max(brands.values()) > 1:
+            evidence += f"; often by {_counted(brands, 1)}"
+
+        rising = [category for category in _ordered(trend) if trend[category] > fifth][:1]
+        fading = [category for category in _ordered({c: -t for c, t in trend.items()}) if trend[category] < -fifth][:1]
+        preference = " and ".join(_ordered(whole)[:2])
+        if not whole:
+            preference = "no clear taste"
+        elif rising or fading:
+            preference = f"shifting taste for {preference}"
+            preference += "".join(f", rising interest in {category}" for category in rising)
+            preference += "".join(f", fading interest in {category}" for category in fading)
+        else:
+            preference = f"steady taste for {preference}"
+
+        # The sum of both shares, again as integers: what is lately there counts, and so does what was always there.
+        weight = {category: trend[category] + 2 * whole[category] * len(recent_items) for category in whole}
+        intent = " or ".join(_ordered(weight)[:2]) or "of no clear kind"
+        return (
+            f"{evidence}.",
+            f"{STEP_MARKERS[1]} {preference}.",
+            f"{STEP_MARKERS[2]} the next item is likely {intent}.",
+        )
+
+    def _description(self, target: int) -> list[str]:
+        """The target's most specific categories, from general to specific."""
+        frequency = self._frequency
+        rarest = sorted(self._categories[target], key=lambda category: (frequency[category], category))
+        return _ordered({category: frequency[category] for category in rarest[:DESCRIBED_CATEGORIES]})
+
+    @staticmethod
+    def _recommendation(described: list[str], brand: str) -> str:
+        kind = f"an item of {' and '.join(described)}" if described else "an item of no stated kind"
+        return f"{STEP_MARKERS[3]} {kind}{f' by {brand}' if brand else ''}."
+
+
+def quality_problem(trace: ReasoningTrace, catalogue: Catalogue, target: int) -> str | None:
+    """Why a trace is to be rejected, None where it is not.
+
+    Each step has to begin with its own marker and say something, no marker may occur twice, and no step may name the
+    target's title verbatim: in any case, without a trailing year in parentheses, as whole words. Titles that cannot be
+    told from ordinary speech are not looked for: fewer than 3 characters, a number, a category or brand of the
+    catalogue, or one word of the teacher's own sentences. The reasons name no item, so that they can be counted.
+    """
+    for marker, step in zip(STEP_MARKERS, trace.steps, strict=True):
+        if not step.startswith(marker):
+            known = any(other.startswith(marker) for other in trace.steps)
+            return f"step marker '{marker}' is {'out of order' if known else 'missing'}"
+        if not step.removeprefix(marker).strip(" ."):
+            return f"the step '{marker}' is empty"
+    text = " ".join(trace.steps)
+    for marker in STEP_MARKERS:
+        if text.count(marker) > 1:
+            return f"step marker '{marker}' occurs more than once"
+    title = _TRAILING_YEAR.sub("", clean_text(catalogue.titles[target])).casefold()
+    if len(title) < 3 or title.isdigit() or title in _SENTENCE_WORDS.split():
+        return None
+    if not re.search(rf"(?<!\w){re.escape(title)}(?!\w)", clean_text(text).casefold()):
+        return None
+    # Looked up after the match, which is rare, because it goes through the whole catalogue.
+    name = _words(title)
+    if any(name == _words(brand) for brand in catalogue.brands):
+        return None
+    if any(name == _words(category) for categories in catalogue.categories for category in categories):
+        return None
+    return "the target's title is named"
+
+
+def _words(name: str) -> str:
+    """A category or brand as it is written in a trace."""
+    return _PUNCTUATION.sub(" ", clean_text(name)).strip().lower()
+
+
+def _ordered(numbers: dict[str, int] | Counter[str]) -> list[str]:
+    """Names by falling number, equal ones by name."""
+    return sorted(numbers, key=lambda name: (-numbers[name], name))
+
+
+def _counted(counts: Counter[str], most: int) -> str:
+    return ", ".join(f"{name} {counts[name]}" for name in _ordered(counts)[:most])

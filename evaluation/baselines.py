@@ -1,0 +1,205 @@
+"""Counting baselines that a trained recommender has to beat, tuned fairly."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, Self
+
+import numpy as np
+from scipy import sparse
+
+from curriculum.interactions import UserSequences
+from evaluation.metrics import ranking_metrics
+from item_index.ragged import RaggedArray
+
+LAST_ITEMS = 20
+TUNING_CUTOFF = 10
+_USERS_AT_A_TIME = 1024
+
+
+class Baseline(Protocol):
+    """What every baseline offers; items are rows of the catalogue."""
+
+    def fit(self, train: list[np.ndarray], items: int) -> Self:
+        """Count over the users' items in time order; `items` is the size of the catalogue. Returns the baseline."""
+
+    def scores(self, histories: list[np.ndarray]) -> np.ndarray:
+        """float32 [users, items], higher is better; items of the history are scored like any other."""
+
+
+@dataclass
+class Popularity:
+    """Scores an item by its number of interactions, for everyone alike."""
+
+    counts_I: np.ndarray = field(init=False, repr=False)
+
+    def fit(self, train: list[np.ndarray], items: int) -> Self:
+        rows = _checked(train, items)
+        self.counts_I = np.bincount(rows.values, minlength=items).astype(np.float32)
+        return self
+
+    def scores(self, histories: list[np.ndarray]) -> np.ndarray:
+        return np.tile(self.counts_I, (len(histories), 1))
+
+
+@dataclass
+class MarkovChain:
+    """Scores an item by how often it came among the next `window` items after the history's last one.
+
+    An empty history scores 0 everywhere.
+    """
+
+    window: int = 3
+    transitions_II: sparse.csr_array = field(init=False, repr=False)
+
+    def fit(self, train: list[np.ndarray], items: int) -> Self:
+        rows = _checked(train, items)
+        user = np.repeat(np.arange(len(rows)), rows.lengths)
+        earlier, later = [], []
+        for step in range(1, self.window + 1):
+            same_user = user[step:] == user[:-step]
+            earlier.append(rows.values[:-step][same_user])
+            later.append(rows.values[step:][same_user])
+        places = (np.concatenate(earlier), np.concatenate(later))
+        counts = np.ones(len(places[0]), dtype=np.float32)
+        self.transitions_II = sparse.csr_array((counts, places), shape=(items, items))  # repeated places add up
+        return self
+
+    def scores(self, histories: list[np.ndarray]) -> np.ndarray:
+        last_UI = _recency_weights([history[-1:] for history in histories], self.transitions_II.shape[0], decay=1.0)
+        return (last_UI @ self.transitions_II).toarray()
+
+
+@dataclass
+class ItemKNearestNeighbours:
+    """Scores an item by its similarity to the last 20 items of the history, each step back weighted by `decay` more.
+
+    The similarity of i and j is n_ij / (sqrt(n_i n_j) + shrink) over users who have them (n_ij: both), the cosine of
+    their columns for shrink 0. Each item of the history votes for its `neighbours` most similar items, of equal ones
+    those with the lower row. An empty history scores 0 everywhere.
+    """
+
+    neighbours: int = 1000
+    shrink: float = 0.0
+    decay: float = 0.6
+    similarity_II: sparse.csr_array = field(init=False, repr=False)
+
+    def fit(self, train: list[np.ndarray], items: int) -> Self:
+        rows = _checked(train, items)
+        users_UI = sparse.csr_array(
+            (np.ones(len(rows.values), dtype=np.float64), rows.values, rows.offsets), shape=(len(rows), items)
+        )
+        users_UI.sum_duplicates()
+        users_UI.data[:] = 1.0  # a user has an item or not
+        together_II = (users_UI.T @ users_UI).tocoo()
+        counts_I = users_UI.sum(axis=0)
+        item, other = together_II.coords
+        similarity = together_II.data / (np.sqrt(counts_I[item] * counts_I[other]) + self.shrink)
+        kept = item != other
+        item, other, similarity = item[kept], other[kept], similarity[kept]
+        order = np.lexsort((other, -similarity, item))
+        item, other, similarity = item[order], other[order], similarity[order]
+        rank = np.arange(len(item)) - np.searchsorted(item, item)  # among the neighbours of its item
+        near = rank < self.neighbours
+        self.similarity_II = sparse.csr_array(
+            (similarity[near].astype(np.float32), (item[near], other[near])), shape=(items, items)
+        )
+        return self
+
+    def scores(self, histories: list[np.ndarray]) -> np.ndarray:
+        recent = [history[-LAST_ITEMS:] for history in histories]
+        return (_recency_weights(recent, self.similarity_II.shape[0], self.decay) @ self.similarity_II).toarray()
+
+
+def rank_unseen(scores_UI: np.ndarray, seen: list[np.ndarray], k: int) -> np.ndarray:
+    """int64 [users, k]: the k best items of each user without those in `seen`, best first.
+
+    Of equal scores the lower row comes first. -1 stands where a user has fewer than k unseen items; a score of minus
+    infinity takes an item out as well. Raises ValueError for NaN, k below 1, and another number of users in `seen`.
+    """
+    scores_UI = np.asarray(scores_UI)
+    if len(seen) != len(scores_UI):
+        raise ValueError(f"scores of {len(scores_UI)} users, but seen items of {len(seen)}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if np.isnan(scores_UI).any():
+        raise ValueError(f"user {int(np.argmax(np.isnan(scores_UI).any(axis=1)))}: a score is not a number")
+    items = scores_UI.shape[1]
+    rows = _checked(seen, items)
+    masked_UI = scores_UI.copy() if np.issubdtype(scores_UI.dtype, np.floating) else scores_UI.astype(np.float64)
+    masked_UI[np.repeat(np.arange(len(rows)), rows.lengths), rows.values] = -np.inf
+    best_UK = np.argsort(-masked_UI, axis=1, kind="stable")[:, :k]
+    ranked_UK = np.full((len(scores_UI), k), -1, dtype=np.int64)
+    out = np.take_along_axis(masked_UI, best_UK, axis=1) == -np.inf
+    ranked_UK[:, : best_UK.shape[1]] = np.where(out, -1, best_UK)
+    return ranked_UK
+
+
+def tuned_baselines(
+    sequences: UserSequences,
+    items: int,
+    *,
+    part: Literal["test", "validation"] = "test",
+    windows: Sequence[int] = (1, 2, 3, 5, 8, 12),
+    neighbours: Sequence[int] = (50, 200, 1000),
+    shrinks: Sequence[float] = (0.0, 10.0),
+    decays: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8),
+) -> dict[str, Baseline]:
+    """Baselines ready to rank the targets of `part`: `popularity`, `markov`, `item_knn`.
+
+    The hyper-parameters with the highest ndcg@10 on the validation targets are taken (the first of equal ones), with
+    baselines fitted on the train parts and the train part as the history. For `part="test"` the baselines are then
+    fitted anew on everything before the test targets, train part and validation item: that is what is known by then,
+    and it is the history from which the test target has to be ranked. For `part="validation"` they stay fitted on the
+    train parts; their figures are then the best of the grid, hence a little too good. Test targets are never looked at.
+    """
+    users = range(len(sequences))
+    train = [sequences.train(user) for user in users]
+    targets_U = np.array([sequences.sequence(user)[-2] for user in users])
+    window = max(windows, key=lambda size: _ndcg(MarkovChain(size).fit(train, items), train, targets_U, items))
+    chosen, highest = ItemKNearestNeighbours(), -1.0
+    for size, shrink in itertools.product(neighbours, shrinks):
+        fitted = ItemKNearestNeighbours(size, shrink).fit(train, items)
+        for decay in decays:
+            fitted.decay = decay  # plays no part in fitting
+            ndcg = _ndcg(fitted, train, targets_U, items)
+            if ndcg > highest:
+                chosen, highest = ItemKNearestNeighbours(size, shrink, decay), ndcg
+    known = train if part == "validation" else [sequences.sequence(user)[:-1] for user in users]
+    return {
+        "popularity": Popularity().fit(known, items),
+        "markov": MarkovChain(window).fit(known, items),
+        "item_knn": chosen.fit(known, items),
+    }
+
+
+def _ndcg(baseline: Baseline, histories: list[np.ndarray], targets_U: np.ndarray, items: int) -> float:
+    """ndcg@10 of the unseen items; some users at a time, so that memory does not grow with their number."""
+    ranked = []
+    for start in range(0, len(histories), _USERS_AT_A_TIME):
+        part = histories[start : start + _USERS_AT_A_TIME]
+        ranked.append(rank_unseen(baseline.scores(part), part, TUNING_CUTOFF))
+    metrics = ranking_metrics(
+        np.concatenate(ranked), targets_U, items=items, cutoffs_recall=(TUNING_CUTOFF,), cutoffs_ndcg=(TUNING_CUTOFF,)
+    )
+    return metrics[f"ndcg@{TUNING_CUTOFF}"]
+
+
+def _recency_weights(histories: list[np.ndarray], items: int, decay: float) -> sparse.csr_array:
+    """float32 [users, items]: decay ** (steps back from the last item), summed over an item's places."""
+    rows = _checked(histories, items)
+    steps_back = np.repeat(rows.offsets[1:], rows.lengths) - 1 - np.arange(len(rows.values))
+    weights = (decay**steps_back).astype(np.float32)
+    return sparse.csr_array((weights, rows.values, rows.offsets), shape=(len(rows), items))
+
+
+def _checked(rows: list[np.ndarray], items: int) -> RaggedArray:
+    ragged = RaggedArray.of(rows, np.int64)
+    wrong = (ragged.values < 0) | (ragged.values >= items)
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        user = int(np.searchsorted(ragged.offsets, place, side="right")) - 1
+        raise ValueError(f"user {user}: item {ragged.values[place]} is not a row of the {items} items")
+    return ragged

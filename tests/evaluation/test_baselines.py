@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from curriculum.interactions import UserSequences
+from evaluation.baselines import ItemKNearestNeighbours, MarkovChain, Popularity, rank_unseen, tuned_baselines
+
+ITEMS = 6
+histories_strategy = st.lists(
+    st.lists(st.integers(0, ITEMS - 1), max_size=8).map(lambda row: np.array(row, dtype=np.int64)),
+    min_size=1,
+    max_size=6,
+)
+
+
+def rows(*lists: list[int]) -> list[np.ndarray]:
+    return [np.array(row, dtype=np.int64) for row in lists]
+
+
+def sequences_of(lists: list[list[int]]) -> UserSequences:
+    lengths = [len(row) for row in lists]
+    return UserSequences(
+        user_ids=tuple(range(len(lists))),
+        offsets_U1=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        items=np.concatenate(rows(*lists)),
+        timestamps=np.concatenate([np.arange(length) for length in lengths]),
+    )
+
+
+def test_popularity_counts_interactions() -> None:
+    scores = Popularity().fit(rows([0, 1], [1, 2], [1]), 4).scores(rows([0], []))
+    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(scores, [[1, 3, 1, 0], [1, 3, 1, 0]])
+
+
+def test_markov_chain_looks_window_items_ahead_and_not_over_users() -> None:
+    train = rows([0, 1, 2], [0, 2], [3])
+    next_item = MarkovChain(window=1).fit(train, 4).scores(rows([3, 0], [1], [2], []))
+    np.testing.assert_array_equal(next_item, [[0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    two_ahead = MarkovChain(window=2).fit(train, 4).scores(rows([0]))
+    np.testing.assert_array_equal(two_ahead, [[0, 1, 2, 0]])
+    assert two_ahead.dtype == np.float32
+
+
+@given(histories_strategy, histories_strategy, st.integers(1, 9))
+def test_markov_chain_agrees_with_a_loop(train: list[np.ndarray], histories: list[np.ndarray], window: int) -> None:
+    counts = np.zeros((ITEMS, ITEMS))
+    for row in train:
+        for place, item in enumerate(row):
+            for later in row[place + 1 : place + 1 + window]:
+                counts[item, later] += 1
+    expected = [counts[row[-1]] if len(row) else np.zeros(ITEMS) for row in histories]
+    np.testing.assert_array_equal(MarkovChain(window).fit(train, ITEMS).scores(histories), expected)
+
+
+def test_neighbours_by_cosine_with_recency() -> None:
+    train = rows([0, 1], [0, 1], [0, 2])
+    similar = [1, 2 / math.sqrt(3 * 2), 1 / math.sqrt(3)]  # of item 0 to items 1 and 2
+    model = ItemKNearestNeighbours(neighbours=10, shrink=0.0, decay=0.5).fit(train, 4)
+    np.testing.assert_allclose(model.scores(rows([0])), [[0, similar[1], similar[2], 0]], rtol=1e-6)
+    # One step back counts half; items of the history are scored as well.
+    np.testing.assert_allclose(
+        model.scores(rows([2, 0])), [[0.5 * similar[2], similar[1], similar[2], 0]], rtol=1e-6
+    )  # fmt: skip
+    nearest = ItemKNearestNeighbours(neighbours=1, shrink=0.0).fit(train, 4)
+    np.testing.assert_allclose(nearest.scores(rows([0])), [[0, similar[1], 0, 0]], rtol=1e-6)
+
+
+def test_neighbours_vote_for_the_last_20_items_only() -> None:
+    train = rows([0, 1], [2, 3])
+    model = ItemKNearestNeighbours(decay=1.0).fit(train, 4)
+    assert model.scores(rows([0, *[2] * 19]))[0, 1] > 0
+    assert model.scores(rows([0, *[2] * 20]))[0, 1] == 0
+
+
+@given(
+    histories_strategy,
+    histories_strategy,
+    st.integers(1, ITEMS),
+    st.sampled_from([0.0, 2.5]),
+    st.sampled_from([0.5, 1.0]),
+)
+def test_neighbours_agree_with_a_loop(
+    train: list[np.ndarray], histories: list[np.ndarray], neighbours: int, shrink: float, decay: float
+) -> None:
+    has = np.array([[item in row for item in range(ITEMS)] for row in train], dtype=float)
+    similarity = np.zeros((ITEMS, ITEMS))
+    for item in range(ITEMS):
+        for other in range(ITEMS):
+            together = float(has[:, item] @ has[:, other])
+            if item != other and together:
+                similarity[item, other] = together / (math.sqrt(has[:, item].sum() * has[:, other].sum()) + shrink)
+        similarity[item, np.argsort(-similarity[item], kind="stable")[neighbours:]] = 0
+    expected = np.zeros((len(histories), ITEMS))
+    for user, row in enumerate(histories):
+        for back, item in enumerate(row[::-1]):
+            expected[user] += decay**back * similarity[item]
+    model = ItemKNearestNeighbours(neighbours, shrink, decay).fit(train, ITEMS)
+    np.testing.assert_allclose(model.scores(histories), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("model", [Popularity(), MarkovChain(), ItemKNearestNeighbours()])
+def test_rows_outside_the_catalogue_are_refused(model: Popularity | MarkovChain | ItemKNearestNeighbours) -> None:
+    with pytest.raises(ValueError, match="user 1: item 4 is not a row of the 4 items"):
+        model.fit(rows([0, 1], [2, 4]), 4)
+
+
+def test_rank_unseen_masks_the_history_and_breaks_ties_by_row() -> None:
+    scores = np.array([[1, 3, 3, 2], [0, 0, 0, 0], [9, 8, 7, 6]], dtype=np.float32)
+    before = scores.copy()
+    ranked = rank_unseen(scores, rows([1], [], [0, 1, 2]), 3)
+    np.testing.assert_array_equal(ranked, [[2, 3, 0], [0, 1, 2], [3, -1, -1]])
+    assert ranked.dtype == np.int64
+    np.testing.assert_array_equal(scores, before)
+    np.testing.assert_array_equal(rank_unseen(scores[:1], rows([]), 6), [[1, 2, 3, 0, -1, -1]])
+
+
+def test_rank_unseen_takes_whole_numbers_and_minus_infinity() -> None:
+    np.testing.assert_array_equal(rank_unseen(np.array([[1, 2, 3]]), rows([2]), 3), [[1, 0, -1]])
+    np.testing.assert_array_equal(rank_unseen(np.array([[1.0, -np.inf]]), rows([]), 2), [[0, -1]])
+
+
+def test_rank_unseen_refuses_bad_input() -> None:
+    scores = np.zeros((2, 3), dtype=np.float32)
+    with pytest.raises(ValueError, match="scores of 2 users, but seen items of 1"):
+        rank_unseen(scores, rows([0]), 2)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        rank_unseen(scores, rows([0], [0]), 0)
+    with pytest.raises(ValueError, match="user 1: item -1"):
+        rank_unseen(scores, rows([0], [-1]), 1)
+    scores[1, 2] = np.nan
+    with pytest.raises(ValueError, match="user 1: a score is not a number"):
+        rank_unseen(scores, rows([0], [0]), 2)
+
+
+def cycling(step: int, users: int = 30, length: int = 7, items: int = 20) -> list[list[int]]:
+    """Users who go through the catalogue in steps of one size."""
+    return [[(3 * user + step * place) % items for place in range(length)] for user in range(users)]
+
+
+def test_tuning_finds_the_right_window_and_fits_on_what_precedes_the_test() -> None:
+    lists = cycling(step=1)
+    models = tuned_baselines(sequences_of(lists), 20, neighbours=(5,), shrinks=(0.0,), decays=(0.2, 1.0))
+    assert list(models) == ["popularity", "markov", "item_knn"]
+    markov_chain, nearest = models["markov"], models["item_knn"]
+    assert isinstance(markov_chain, MarkovChain)
+    assert markov_chain.window == 1
+    assert isinstance(nearest, ItemKNearestNeighbours)
+    assert nearest.decay == 0.2  # the next item is close to the last one
+    np.testing.assert_array_equal(
+        markov_chain.transitions_II.toarray(),
+        MarkovChain(1).fit(rows(*(row[:-1] for row in lists)), 20).transitions_II.toarray(),
+    )
+
+
+def test_tuning_for_validation_fits_on_the_train_parts() -> None:
+    lists = cycling(step=1)
+    models = tuned_baselines(sequences_of(lists), 20, part="validation", neighbours=(5,), decays=(0.2,))
+    expected = Popularity().fit(rows(*(row[:-2] for row in lists)), 20).scores(rows([]))
+    np.testing.assert_array_equal(models["popularity"].scores(rows([])), expected)
+
+
+def test_test_targets_play_no_part() -> None:
+    lists = cycling(step=1)
+    changed = [[*row[:-1], (row[-1] + 7) % 20] for row in lists]
+    histories = rows(*(row[:-1] for row in lists))
+    one, other = (
+        tuned_baselines(sequences_of(part), 20, neighbours=(5, 50), shrinks=(0.0,), decays=(0.5, 1.0))
+        for part in (lists, changed)
+    )
+    for name in one:
+        np.testing.assert_array_equal(one[name].scores(histories), other[name].scores(histories))
