@@ -13,8 +13,6 @@ from transformers import AutoTokenizer
 from item_index.constraint import AnswerConstraint
 from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
-from item_index.tokens import SemanticIdTokens
-from item_index.trie import ItemTrie
 from learner.engine import LearnerEngine, initialize_process_group
 from learner.objective import ObjectiveSettings
 from learner.policy import Policy, load_language_model
@@ -33,7 +31,7 @@ class LearnerRank:
         torch.set_num_threads(threads)
         initialize_process_group(port=_free_port())
         self.model_folder = model_folder
-        self.tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
         self.engine = LearnerEngine(Policy(load_language_model(model_folder)), **engine)
         self.group_policy: GroupPolicyLearner | None = None
         self.version = version
@@ -44,11 +42,9 @@ class LearnerRank:
 
     def prepare_srpo(self, index_folder: str, objective: dict[str, Any], **settings: Any) -> None:
         """Freeze a copy of the starting checkpoint as the reference and bind the constraint."""
-        index = SemanticIdIndex.load(index_folder)
         reference = load_language_model(self.model_folder)
         rows = reference.get_output_embeddings().weight.shape[0]
-        tokens = SemanticIdTokens.of(self.tokenizer, index, vocabulary_size=rows)
-        constraint = AnswerConstraint(ItemTrie.build(index.codes_IL, index.lengths_I), tokens)
+        constraint = AnswerConstraint.of(SemanticIdIndex.load(index_folder), self.tokenizer, vocabulary_size=rows)
         self.group_policy = GroupPolicyLearner(
             self.engine, Policy(reference), constraint, ObjectiveSettings(**objective), **settings
         )
@@ -88,4 +84,4 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-LearnerActor = ray.remote(LearnerRank)
+LearnerActor: Any = ray.remote(LearnerRank)

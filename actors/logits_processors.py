@@ -19,21 +19,11 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from item_index.constraint import MODES, AnswerConstraint, ConstraintStates
 from item_index.semantic_ids import SemanticIdIndex
-from item_index.tokens import SemanticIdTokens
-from item_index.trie import ItemTrie
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 REQUEST_KEY = "gream"
-
-
-def load_constraint(index_folder: str, tokenizer_folder: str, vocabulary_size: int) -> tuple[AnswerConstraint, str]:
-    """The automaton of an index folder for a checkpoint's tokenizer, and the index version."""
-    index = SemanticIdIndex.load(index_folder)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
-    tokens = SemanticIdTokens.of(tokenizer, index, vocabulary_size=vocabulary_size)
-    return AnswerConstraint(ItemTrie.build(index.codes_IL, index.lengths_I), tokens), index.version
 
 
 @dataclass
@@ -68,10 +58,13 @@ class ItemConstraintProcessor(LogitsProcessor):
             raise ValueError("a request under the item constraint needs max_tokens: its budget for the closing")
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        config = vllm_config.additional_config["gream"]
-        self.constraint, self.index_version = load_constraint(
-            config["index"], config["tokenizer"], vllm_config.model_config.get_vocab_size()
-        )
+        additional: Any = vllm_config.additional_config
+        config = additional["gream"]
+        index = SemanticIdIndex.load(config["index"])
+        tokenizer: Any = AutoTokenizer.from_pretrained(config["tokenizer"], local_files_only=True)
+        rows = vllm_config.model_config.get_vocab_size()
+        self.constraint = AnswerConstraint.of(index, tokenizer, vocabulary_size=rows)
+        self.index_version = index.version
         self.device = device
         self.requests: dict[int, _Request] = {}
         capacity = 2 * vllm_config.scheduler_config.max_num_seqs

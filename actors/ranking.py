@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import ray
 import torch
@@ -11,8 +13,6 @@ from evaluation.ranking import beam_search
 from item_index.constraint import AnswerConstraint, Mode
 from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
-from item_index.tokens import SemanticIdTokens
-from item_index.trie import ItemTrie
 from learner.policy import load_language_model
 
 
@@ -21,22 +21,20 @@ class RankingWorker:
 
     def __init__(self, model_folder: str, index_folder: str, *, threads: int) -> None:
         torch.set_num_threads(threads)
-        index = SemanticIdIndex.load(index_folder)
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
         self.model = load_language_model(model_folder).eval()
-        self.tokens = SemanticIdTokens.of(
-            tokenizer, index, vocabulary_size=self.model.get_output_embeddings().weight.shape[0]
-        )
-        self.constraint = AnswerConstraint(ItemTrie.build(index.codes_IL, index.lengths_I), self.tokens)
+        rows = self.model.get_output_embeddings().weight.shape[0]
+        self.constraint = AnswerConstraint.of(SemanticIdIndex.load(index_folder), tokenizer, vocabulary_size=rows)
 
     def rank(
         self, prompts: RaggedArray, excluded: RaggedArray, *, mode: Mode, width: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Items int32 [U, width] and log-probabilities float32 [U, width]; see `beam_search`."""
-        terminator = self.tokens.end_of_sequence if mode == "direct" else self.tokens.answer_close
+        tokens = self.constraint.tokens
+        terminator = tokens.end_of_sequence if mode == "direct" else tokens.answer_close
         return beam_search(
             self.model, self.constraint, list(prompts), list(excluded), width=width, terminator=terminator
         )
 
 
-RankingActor = ray.remote(RankingWorker)
+RankingActor: Any = ray.remote(RankingWorker)

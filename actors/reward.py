@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -10,8 +11,6 @@ from transformers import AutoTokenizer
 
 from item_index.constraint import AnswerConstraint
 from item_index.semantic_ids import SemanticIdIndex
-from item_index.tokens import SemanticIdTokens
-from item_index.trie import ItemTrie
 from learner.rollouts import RolloutBatch
 from learner.srpo import allowed_in
 from rewards.answer import parse_answer
@@ -46,7 +45,9 @@ class RewardWorker:
 
     def __init__(self, index_folder: str, tokenizer_folder: str, *, minimum_think_tokens: int = 8) -> None:
         self.index = SemanticIdIndex.load(index_folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(
+            tokenizer_folder, local_files_only=True, trust_remote_code=False
+        )
         tokens = SemanticIdTokens.of(self.tokenizer, self.index)
         self.constraint = AnswerConstraint(ItemTrie.build(self.index.codes_IL, self.index.lengths_I), tokens)
         self.minimum_think_tokens = minimum_think_tokens
@@ -93,4 +94,4 @@ class RewardWorker:
         )
 
 
-RewardActor = ray.remote(RewardWorker)
+RewardActor: Any = ray.remote(RewardWorker)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
 import safetensors.torch
 import torch
+from transformers import AutoTokenizer
 
 from item_index.ragged import RaggedArray
+from item_index.semantic_ids import SemanticIdIndex
 from learner.rollouts import RolloutBatch, RolloutPrompts
 
 # Read by vLLM when it is imported, so they are set for the actor's whole process.
@@ -25,7 +27,7 @@ ENVIRONMENT = {
 
 
 def prompt_seeds(seed: int, step: int, count: int, offset: int = 0) -> list[int]:
-    """One seed per prompt, far apart: vLLM gives response i of a prompt the seed + i, so neighbours would share noise."""
+    """One seed per prompt, far apart: vLLM gives response i the seed + i, so neighbouring seeds would share noise."""
     return [
         int.from_bytes(hashlib.sha256(f"{seed}/{step}/{offset + number}".encode()).digest()[:7], "big")
         for number in range(count)
@@ -41,7 +43,7 @@ class RolloutEngine:
         index_folder: str,
         *,
         weight_version: int = 0,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         kv_cache_mib: int = 256,
         maximum_tokens: int = 2048,
         sequences: int = 256,
@@ -50,7 +52,7 @@ class RolloutEngine:
     ) -> None:
         from vllm import LLM  # takes seconds, and reads the environment
 
-        from actors.logits_processors import ItemConstraintProcessor, load_constraint
+        from actors.logits_processors import ItemConstraintProcessor
 
         if threads:
             torch.set_num_threads(threads)
@@ -72,8 +74,9 @@ class RolloutEngine:
             additional_config={"gream": {"index": index_folder, "tokenizer": model_folder}},
             disable_log_stats=True,
         )
-        vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
-        self.constraint, self.index_version = load_constraint(index_folder, model_folder, vocabulary)
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+        self.end_of_sequence = tokenizer.eos_token_id
+        self.index_version = SemanticIdIndex.load(index_folder).version
         self._weight_version = weight_version
 
     def weight_version(self) -> int:
@@ -83,7 +86,7 @@ class RolloutEngine:
     def generate(
         self, prompts: RolloutPrompts, *, responses: int, seeds: list[int], temperature: float = 1.0
     ) -> RolloutBatch:
-        """Sample `responses` responses to every prompt; log-probabilities are those after constraint and temperature."""
+        """Sample `responses` responses to every prompt, with log-probabilities after constraint and temperature."""
         from vllm import SamplingParams
 
         parameters = [
@@ -93,7 +96,7 @@ class RolloutEngine:
                 max_tokens=int(prompts.budgets[group]),
                 seed=seeds[group],
                 logprobs=0,
-                stop_token_ids=[self.constraint.tokens.end_of_sequence],
+                stop_token_ids=[self.end_of_sequence],
                 detokenize=False,
                 extra_args={
                     "gream": {
@@ -111,8 +114,9 @@ class RolloutEngine:
         for output in outputs:
             for completion in output.outputs:
                 tokens = list(completion.token_ids)
+                steps: Any = completion.logprobs
                 sampled.append(tokens)
-                log_probabilities.append([step[token].logprob for step, token in zip(completion.logprobs, tokens)])
+                log_probabilities.append([step[token].logprob for step, token in zip(steps, tokens, strict=True)])
         return RolloutBatch(
             prompts=prompts,
             responses=RaggedArray.of(sampled, np.int32),
@@ -124,7 +128,14 @@ class RolloutEngine:
     def update_weights(self, weights: np.ndarray, version: int) -> int:
         """Replace the weights by a safetensors buffer (uint8) and forget cached prefixes; returns the new version."""
         state = safetensors.torch.load(weights.tobytes())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(state.items())})
+        return self._reload(version, weights_iterator=list(state.items()))
+
+    def load_weights(self, model_folder: str, version: int) -> int:
+        """Replace the weights by those of another checkpoint of the same model and tokenizer."""
+        return self._reload(version, weights_path=model_folder)
+
+    def _reload(self, version: int, **source: Any) -> int:
+        self.llm.collective_rpc("reload_weights", kwargs=source)
         self.llm.collective_rpc(_repack_tied_head)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset after a weight update: requests are still running")
@@ -141,4 +152,4 @@ def _repack_tied_head(worker: Any) -> None:
         dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
 
 
-RolloutActor = ray.remote(RolloutEngine)
+RolloutActor: Any = ray.remote(RolloutEngine)

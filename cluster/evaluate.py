@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from evaluation.baselines import rank_unseen, tuned_baselines
-from evaluation.metrics import pass_at_k, ranking_metrics
 from rich.table import Table
 
 from actors.ranking import RankingActor
@@ -24,6 +22,8 @@ from cluster.prompts import PromptSource
 from cluster.settings import Settings
 from cluster.tracking import Tracker
 from curriculum.corpus import Corpus
+from evaluation.baselines import rank_unseen, tuned_baselines
+from evaluation.metrics import pass_at_k, ranking_metrics
 from evaluation.ranking import merge_chains
 from item_index.ragged import RaggedArray
 from learner.rollouts import RolloutBatch, RolloutPrompts
@@ -58,21 +58,24 @@ def run_evaluate(
     index = str(index_folder.resolve())
     threads = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cluster.threads)}}}
     with ray_session(cluster), engines_placed(cluster) as group, progress_bar("evaluate", work) as bar:
+        rollout: Any = None
+        reward: Any = None
         for stage, checkpoint in checkpoints.items():
             model = str(checkpoint.resolve())
             ranker = RankingActor.options(num_cpus=0, **threads).remote(model, index, threads=cluster.threads)
-            rollout = RolloutActor.options(**in_bundle(group, 1, cluster, ROLLOUT_ENVIRONMENT)).remote(
-                model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib,
-                sequences=cluster.rollout_sequences, threads=cluster.threads, seed=settings.seed,
-            )  # fmt: skip
-            reward = RewardActor.options(num_cpus=0).remote(
-                index, model, minimum_think_tokens=settings.train.minimum_think_tokens
-            )
-            await_result(rollout.weight_version.remote(), "the rollout engine's start", cluster.start_seconds)
+            if rollout is None:
+                rollout = RolloutActor.options(**in_bundle(group, 1, cluster, ROLLOUT_ENVIRONMENT)).remote(
+                    model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib,
+                    sequences=cluster.rollout_sequences, threads=cluster.threads, seed=settings.seed,
+                )  # fmt: skip
+                reward = RewardActor.options(num_cpus=0).remote(
+                    index, model, minimum_think_tokens=settings.train.minimum_think_tokens
+                )
+            else:  # one engine serves all checkpoints: its start costs more than a reload
+                await_result(rollout.load_weights.remote(model, len(results)), "the reload", cluster.start_seconds)
             results[f"direct_{stage}"] = direct_result(settings, direct, ranker, len(corpus.index), bar)
             results[f"reasoning_{stage}"] = reasoning_result(settings, reasoning, rollout, reward, ranker, corpus, bar)
-            for actor in (ranker, rollout, reward):
-                ray.kill(actor)
+            ray.kill(ranker)
 
     metrics = {name: result.metrics for name, result in results.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +181,7 @@ def results_table(metrics: dict[str, dict[str, float]], users: int, part: str) -
     table = Table(title=f"{users} users, {part} targets, full catalogue, the user's earlier items masked")
     table.add_column("")
     for name in SHOWN_METRICS:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("@", "\n@").replace("_", "\n"), justify="right")
     for mode, values in metrics.items():
         table.add_row(mode, *(f"{values[name]:.4f}" if name in values else "" for name in SHOWN_METRICS))
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False)
     else:
         cpus = max(settings.learner_cpus + settings.rollout_cpus, os.cpu_count() or 1)
-        ray.init(num_cpus=int(cpus), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(num_cpus=int(cpus), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
@@ -49,7 +50,8 @@ def engines_placed(settings: ClusterSettings) -> Iterator[PlacementGroup]:
     if any(have.get(key, 0) < amount for key, amount in total.items()):
         raise RuntimeError(
             f"the cluster cannot hold the bundles {bundles}: it has "
-            f"{ {key: have.get(key, 0) for key in total} }; lower cluster.learner_cpus and cluster.rollout_cpus, or add nodes"
+            f"{ {key: have.get(key, 0) for key in total} }; lower cluster.learner_cpus and "
+            "cluster.rollout_cpus, or add nodes"
         )
     group = placement_group(bundles, strategy="PACK")
     try:

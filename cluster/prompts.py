@@ -1,4 +1,4 @@
-"""Prompts for rollouts: from held-out train targets for SRPO, from validation or test targets for probes and evaluation."""
+"""Prompts for rollouts: of held-out train targets for SRPO, of validation or test targets for probes and evaluation."""
 
 from __future__ import annotations
 

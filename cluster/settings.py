@@ -1,4 +1,4 @@
-"""Every setting of a run, with its meaning, unit and default: the paper's defaults; presets in `configs/` fit a machine."""
+"""Every setting of a run, with its meaning and unit. Defaults are the paper's; presets in `configs/` fit a machine."""
 
 from __future__ import annotations
 

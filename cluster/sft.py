@@ -1,4 +1,4 @@
-"""The supervised stage: direct windows and reasoning rows in curriculum order, on a DeepSpeed learner in a Ray actor."""
+"""The supervised stage: direct windows and reasoning rows in curriculum order, on a learner actor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from learner.policy import build_language_model, fit_vocabulary, load_language_m
 
 
 def write_initial_checkpoint(settings: Settings, corpus: Corpus, folder: Path) -> None:
-    """The model that the stage starts from: a Llama from scratch, or the named checkpoint with rows for the new tokens."""
+    """The model to start from: a Llama from scratch, or the named checkpoint with rows for the new tokens."""
     model_settings = settings.model
     if model_settings.checkpoint is None:
         model = build_language_model(
@@ -51,7 +51,7 @@ def run_sft(settings: Settings, corpus: Corpus, folder: Path, tracker: Tracker) 
     """Train; the checkpoint is `folder/checkpoint`."""
     sft = settings.sft
     write_initial_checkpoint(settings, corpus, folder / "initial")
-    reasoning = [reasoning_row(example, corpus.builder) for example in corpus.reasoning]
+    reasoning = [reasoning_row(example, corpus.held_out, corpus.builder) for example in corpus.reasoning]
     passes = [
         rows_of_pass(corpus, reasoning, number=number, passes=sft.passes, seed=settings.seed)
         for number in range(sft.passes)

@@ -10,29 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 import torch
-from evaluation.metrics import paired_bootstrap
 
-from actors.learner import ENVIRONMENT as LEARNER_ENVIRONMENT
-from actors.learner import LearnerActor
-from actors.reward import RewardActor, ScoredResponses
-from actors.rollout import ENVIRONMENT as ROLLOUT_ENVIRONMENT
-from actors.rollout import RolloutActor, prompt_seeds
-from cluster.placement import await_ready, await_result, engines_placed, in_bundle, ray_session
+from actors.reward import ScoredResponses
+from actors.rollout import prompt_seeds
+from cluster.placement import await_result, ray_session
+from cluster.probe import compare_probes, probe
 from cluster.progress import console, progress_bar
 from cluster.prompts import PromptSource
 from cluster.settings import Settings
+from cluster.srpo_actors import SrpoActors, srpo_actors
 from cluster.tracking import Tracker
 from curriculum.corpus import Corpus
 from item_index.constraint import MODES
 from learner.advantages import bonus_calibrated_advantages, groups_with_variance
-from learner.rollouts import RolloutPrompts
-
-PROBE_RESPONSES = 4
 
 
 @dataclass(frozen=True)
@@ -47,28 +41,6 @@ class ScoredGroup:
     hits: np.ndarray
 
 
-@dataclass(frozen=True)
-class Actors:
-    """The three actors of the loop and the deadline of their calls."""
-
-    learner: Any
-    rollout: Any
-    reward: Any
-    seconds: float
-
-    def generate(self, prompts: RolloutPrompts, **arguments: Any) -> ray.ObjectRef:
-        """Reference of a finished batch of rollouts, which stays in the object store."""
-        batch = self.rollout.generate.remote(prompts, **arguments)
-        await_ready(batch, "the rollouts", self.seconds)
-        return batch
-
-    def transfer_weights(self) -> int:
-        """Learner -> object store -> rollout engine; returns the version that samples from now on."""
-        exported = self.learner.exported_weights.options(num_returns=2).remote()
-        version = await_result(self.rollout.update_weights.remote(*exported), "the weight transfer", self.seconds)
-        return int(version)
-
-
 class Timers:
     """Seconds by phase of one step."""
 
@@ -80,35 +52,6 @@ class Timers:
         started = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - started
-
-
-@contextmanager
-def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Iterator[Actors]:
-    """Learner, rollout engine and reward worker on the checkpoint, placed and ready."""
-    train, cluster = settings.train, settings.cluster
-    index, model = str(index_folder.resolve()), str(checkpoint.resolve())
-    with engines_placed(cluster) as group:
-        learner = LearnerActor.options(**in_bundle(group, 0, cluster, LEARNER_ENVIRONMENT)).remote(
-            model,
-            engine={
-                "learning_rate": train.learning_rate, "weight_decay": train.weight_decay,
-                "warm_up_steps": train.warm_up_steps, "total_steps": train.steps, "schedule": "constant",
-                "gradient_clip": train.gradient_clip, "zero_stage": train.zero_stage,
-            },
-            seed=settings.seed, threads=cluster.threads,
-        )  # fmt: skip
-        rollout = RolloutActor.options(**in_bundle(group, 1, cluster, ROLLOUT_ENVIRONMENT)).remote(
-            model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib, sequences=cluster.rollout_sequences,
-            threads=cluster.threads, seed=settings.seed,
-        )  # fmt: skip
-        reward = RewardActor.options(num_cpus=0).remote(index, model, minimum_think_tokens=train.minimum_think_tokens)
-        prepared = learner.prepare_srpo.remote(
-            index, train.objective.model_dump(), temperature=train.temperature,
-            mini_batch_prompts=train.mini_batch_prompts, micro_batch_tokens=train.micro_batch_tokens, seed=settings.seed,
-        )  # fmt: skip
-        await_result(prepared, "the learner's start", cluster.start_seconds)
-        await_result(rollout.weight_version.remote(), "the rollout engine's start", cluster.start_seconds)
-        yield Actors(learner, rollout, reward, cluster.call_seconds)
 
 
 def run_train(
@@ -144,7 +87,7 @@ def run_train(
 class SrpoLoop:
     """The state of the loop between steps: the order of prompts and the surplus groups."""
 
-    def __init__(self, settings: Settings, source: PromptSource, actors: Actors) -> None:
+    def __init__(self, settings: Settings, source: PromptSource, actors: SrpoActors) -> None:
         self.settings, self.source, self.actors = settings, source, actors
         positions = source.reinforcement_positions(settings.corpus.minimum_history)
         self.generator = np.random.default_rng([settings.seed, 4])
@@ -263,44 +206,3 @@ def rollout_metrics(scored: list[tuple[np.ndarray, ScoredResponses]]) -> dict[st
         )
     metrics["forced_close_rate"] = float(column("forced")[reasoning].mean()) if reasoning.any() else 0.0
     return metrics
-
-
-def probe(settings: Settings, source: PromptSource, actors: Actors) -> dict[str, ScoredResponses]:
-    """Scores of the same validation prompts with the same seeds, in each mode that is trained."""
-    positions = np.random.default_rng([settings.seed, 5]).permutation(source.evaluation_positions("validation"))
-    positions = positions[: settings.train.probe_prompts]
-    scores = {}
-    for mode in MODES:
-        share = settings.train.reasoning_share if mode == "reasoning" else 1 - settings.train.reasoning_share
-        if not len(positions) or share == 0:
-            continue
-        prompts = source.prompts(positions, [mode] * len(positions))
-        batch = actors.generate(
-            prompts, responses=PROBE_RESPONSES, seeds=prompt_seeds(settings.seed, 0, len(prompts)),
-            temperature=settings.train.temperature,
-        )  # fmt: skip
-        scores[mode] = await_result(actors.reward.score.remote(batch), "the probe", actors.seconds)
-    return scores
-
-
-def compare_probes(
-    before: dict[str, ScoredResponses], after: dict[str, ScoredResponses], *, seed: int
-) -> dict[str, dict[str, float]]:
-    """Mean rewards before and after, paired by prompt, with a 95 % bootstrap interval; per mode and over both."""
-    pairs = {mode: (before[mode].rewards.mean(axis=1), after[mode].rewards.mean(axis=1)) for mode in before}
-    if len(pairs) > 1:
-        first, last = zip(*pairs.values(), strict=True)
-        pairs["both modes"] = (np.mean(first, axis=0), np.mean(last, axis=0))
-    report = {}
-    for mode, (first, last) in pairs.items():
-        difference, low, high = paired_bootstrap(first, last, seed=seed)
-        report[mode] = {
-            "prompts": len(first), "before": float(first.mean()), "after": float(last.mean()),
-            "difference": difference, "low": low, "high": high,
-        }  # fmt: skip
-        if mode in after:
-            report[mode]["valid_rate"] = float(after[mode].valid.mean())
-            report[mode]["well_formed_rate"] = float(after[mode].well_formed.mean())
-            report[mode]["hit_rate_before"] = float(before[mode].hits.mean())
-            report[mode]["hit_rate_after"] = float(after[mode].hits.mean())
-    return report

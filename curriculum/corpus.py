@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from curriculum.reasoning import MetadataTeacher, quality_problem
 from transformers import AutoTokenizer
 
 from curriculum.interactions import UserSequences
 from curriculum.prompts import PromptBuilder
+from curriculum.reasoning import MetadataTeacher, quality_problem
 from curriculum.rows import ReasoningExample, held_out_targets, places_in_sequence, train_positions
 from curriculum.tokenizer import load_tokenizer, train_tokenizer
 from item_index.catalogue import Catalogue
@@ -57,7 +57,9 @@ def write_reasoning_examples(
     places = places_in_sequence(sequences)
     eligible = np.nonzero(train_positions(sequences) & (places >= minimum_history) & ~held_out)[0]
     chosen = np.random.default_rng([seed, 2]).permutation(eligible)[:rows]
-    examples, rejected, first_rejected, removed, history_total = [], Counter[str](), {}, 0, 0
+    examples: list[ReasoningExample] = []
+    rejected, first_rejected = Counter[str](), dict[str, str]()
+    removed, history_total = 0, 0
     for at in chosen:
         history = sequences.items[max(at - places[at], at - history_items) : at]
         target = int(sequences.items[at])
@@ -68,7 +70,7 @@ def write_reasoning_examples(
             first_rejected.setdefault(problem, " ".join(trace.steps))
             continue
         think, rewriting = trace.render(index.text)
-        examples.append(ReasoningExample(tuple(history.tolist()), target, think, rewriting))
+        examples.append(ReasoningExample(int(at), tuple(history.tolist()), target, think, rewriting))
         removed += trace.removed
         history_total += len(history)
     counts = {
@@ -139,13 +141,20 @@ def build_corpus(
     pq.write_table(
         pa.table(
             {
+                "position": [example.position for example in examples],
                 "history": [list(example.history) for example in examples],
                 "target": [example.target for example in examples],
                 "think": [example.think for example in examples],
                 "rewriting": [example.rewriting for example in examples],
             },
             schema=pa.schema(
-                {"history": pa.list_(pa.int64()), "target": pa.int64(), "think": pa.string(), "rewriting": pa.string()}
+                {
+                    "position": pa.int64(),
+                    "history": pa.list_(pa.int64()),
+                    "target": pa.int64(),
+                    "think": pa.string(),
+                    "rewriting": pa.string(),
+                }
             ),
         ),
         folder / "reasoning.parquet",
@@ -186,7 +195,7 @@ def load_corpus(folder: Path, index_folder: Path) -> Corpus:
         sequences=sequences,
         held_out=table["held_out"].combine_chunks().values.to_numpy(zero_copy_only=False),
         reasoning=[
-            ReasoningExample(tuple(row["history"]), row["target"], row["think"], row["rewriting"])
+            ReasoningExample(row["position"], tuple(row["history"]), row["target"], row["think"], row["rewriting"])
             for row in pq.read_table(folder / "reasoning.parquet").to_pylist()
         ],
         tokenizer=tokenizer,

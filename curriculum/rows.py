@@ -9,6 +9,7 @@ import numpy as np
 
 from curriculum.interactions import UserSequences
 from curriculum.prompts import PromptBuilder
+from item_index.constraint import Mode
 
 Row = tuple[np.ndarray, np.ndarray]
 """Token ids int32 [n], and bool [n]: which of them are learnt."""
@@ -30,13 +31,13 @@ def places_in_sequence(sequences: UserSequences) -> np.ndarray:
 
 
 def held_out_targets(sequences: UserSequences, *, share: float, minimum_history: int, seed: int) -> np.ndarray:
-    """bool [interactions]: train targets kept out of the supervised loss for RL, a `share` of those with enough history.
+    """bool [interactions]: train targets kept out of the supervised loss for RL, a `share` of the eligible ones.
 
     They stay in the histories of later items.
     """
     eligible = np.nonzero(train_positions(sequences) & (places_in_sequence(sequences) >= minimum_history))[0]
     held_out = np.zeros(len(sequences.items), dtype=bool)
-    chosen = np.random.default_rng([seed, 1]).permutation(eligible)[: int(round(share * len(eligible)))]
+    chosen = np.random.default_rng([seed, 1]).permutation(eligible)[: round(share * len(eligible))]
     held_out[chosen] = True
     return held_out
 
@@ -61,35 +62,47 @@ def direct_windows(
 
 def direct_row(items: np.ndarray, skipped: np.ndarray, builder: PromptBuilder) -> Row:
     """The last item as response to the others; learnt: every item but the first and the skipped ones."""
-    prompt = builder.prompt(items[:-1], "direct")
-    response = builder.direct_response(int(items[-1]))
+    row = _with_dense_history(items[:-1], skipped[:-1], "direct", builder.direct_response(int(items[-1])), builder)
+    if skipped[-1]:
+        row[1][-(len(builder.item_tokens[int(items[-1])]) + 1) :] = False
+    return row
+
+
+def _with_dense_history(
+    history: np.ndarray, skipped: np.ndarray, mode: Mode, response: list[int], builder: PromptBuilder
+) -> Row:
+    """A prompt with its response; learnt: the response, and every item of the history but the first and the skipped."""
+    prompt = builder.prompt(history, mode)
     learnt = np.zeros(len(prompt) + len(response), dtype=bool)
-    place = builder.history_start("direct")
-    for number, item in enumerate(items[:-1]):
+    place = builder.history_start(mode)
+    for number, item in enumerate(history):
         length = len(builder.item_tokens[int(item)])
         learnt[place : place + length] = number > 0 and not skipped[number]
         place += length
-    learnt[len(prompt) :] = not skipped[-1]
+    learnt[len(prompt) :] = True
     return np.array([*prompt, *response], dtype=np.int32), learnt
 
 
 @dataclass(frozen=True)
 class ReasoningExample:
-    """A train target with its trace, as text."""
+    """A train target with its trace as text; `position` is the target's place in the sequences' flat items."""
 
+    position: int
     history: tuple[int, ...]
     target: int
     think: str
     rewriting: str
 
 
-def reasoning_row(example: ReasoningExample, builder: PromptBuilder) -> Row:
-    """Chain, rewritten history and answer as response to the history; the response is learnt."""
-    prompt = builder.prompt(example.history, "reasoning")
-    response = builder.reasoning_response(example.think, example.rewriting, example.target)
-    learnt = np.zeros(len(prompt) + len(response), dtype=bool)
-    learnt[len(prompt) :] = True
-    return np.array([*prompt, *response], dtype=np.int32), learnt
+def reasoning_row(example: ReasoningExample, held_out: np.ndarray, builder: PromptBuilder) -> Row:
+    """Chain, rewritten history and answer as response to the history, under the same dense supervision."""
+    return _with_dense_history(
+        np.array(example.history),
+        held_out[example.position - len(example.history) : example.position],
+        "reasoning",
+        builder.reasoning_response(example.think, example.rewriting, example.target),
+        builder,
+    )
 
 
 def in_curriculum_order(direct: Sequence[Row], reasoning: Sequence[Row], places: np.ndarray) -> list[Row]:

@@ -23,7 +23,8 @@ from typing import Literal
 import numpy as np
 
 from item_index.ragged import RaggedArray
-from item_index.tokens import SemanticIdTokens
+from item_index.semantic_ids import SemanticIdIndex
+from item_index.tokens import SemanticIdTokens, Tokenizer
 from item_index.trie import NO_ITEM, NO_NODE, ROOT, ItemTrie
 
 Mode = Literal["direct", "reasoning"]
@@ -116,6 +117,15 @@ class AnswerConstraint:
     trie: ItemTrie
     tokens: SemanticIdTokens
 
+    @classmethod
+    def of(
+        cls, index: SemanticIdIndex, tokenizer: Tokenizer, *, vocabulary_size: int | None = None
+    ) -> AnswerConstraint:
+        """The automaton of an index for a checkpoint's tokenizer; `vocabulary_size` counts the rows of its output head.
+        Raises InputError when the tokenizer lacks tokens of the index."""
+        trie = ItemTrie.build(index.codes_IL, index.lengths_I)
+        return cls(trie, SemanticIdTokens.of(tokenizer, index, vocabulary_size=vocabulary_size))
+
     @cached_property
     def closing_length(self) -> int:
         """Most tokens that a closed answer can still need: finish an open semantic ID, `</think>`, `<answer>`, the
@@ -171,7 +181,7 @@ class AnswerConstraint:
                 )
         reasoning = np.array([mode == "reasoning" for mode in modes], dtype=bool)
         exclusion = np.full(len(modes), -1, dtype=np.int64)
-        tables = []
+        tables: list[np.ndarray] = []
         for row, items in enumerate(excluded or ()):
             if items is None or len(items) == 0:
                 continue

@@ -67,7 +67,7 @@ class SemanticIdTokens:
                 f"among them {', '.join(missing[:3])}",
                 file=tokenizer.name_or_path,
                 field="tokenizer",
-                remedy="Use the checkpoint that was trained on this index, or run the sft stage on it, which adds them.",
+                remedy="Use the checkpoint that was trained on this index, or run corpus and sft, which add them.",
             )
         if tokenizer.eos_token_id is None:
             raise InputError(

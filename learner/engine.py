@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around a policy: gradient steps over any number of micro-batches, learning-rate schedule, export."""
+"""The DeepSpeed engine around a policy: steps over any number of micro-batches, learning-rate schedule, export."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from learner.packing import PackedBatch
 def build_language_model(
     tokenizer: Any, *, hidden_size: int, layers: int, intermediate_size: int, seed: int, positions: int = 2048
 ) -> LlamaForCausalLM:
-    """A small Llama from scratch, float32, output head not tied, head size 32 (the least that vLLM's CPU build takes)."""
+    """A small Llama from scratch: float32, head not tied, head size 32 (the least that vLLM's CPU build takes)."""
     if hidden_size % 32:
         raise InputError(f"hidden_size must be a multiple of 32, got {hidden_size}", field="model.hidden_size")
     torch.manual_seed(seed)
@@ -35,8 +35,8 @@ def build_language_model(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     return LlamaForCausalLM(config)
 
 
@@ -58,8 +58,8 @@ def fit_vocabulary(model: Any, tokenizer: Any, *, known_tokens: int, seed: int) 
     """Give the model a row for every token of the tokenizer; returns how many tokens are new.
 
     Tokens from `known_tokens` on are new, also where the checkpoint has padding rows at their place. A new row is the
-    mean of the known ones plus noise of a tenth of their deviation, so that no two new tokens start as twins; tied heads
-    stay tied.
+    mean of the known ones plus noise of a tenth of their deviation, so that no two new tokens start as twins; tied
+    heads stay tied.
     """
     new_tokens = len(tokenizer) - known_tokens
     if new_tokens <= 0:

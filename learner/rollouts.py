@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -93,9 +94,9 @@ class RolloutBatch:
         )
 
 
-def _select(field: np.ndarray | RaggedArray, rows: np.ndarray) -> np.ndarray | RaggedArray:
+def _select(field: Any, rows: np.ndarray) -> Any:
     return field.select(rows) if isinstance(field, RaggedArray) else field[rows]
 
 
-def _concatenate(parts: Sequence) -> np.ndarray | RaggedArray:
+def _concatenate(parts: Sequence[Any]) -> Any:
     return RaggedArray.concatenate(parts) if isinstance(parts[0], RaggedArray) else np.concatenate(parts)

@@ -42,9 +42,7 @@ class Tiny:
         histories = [[(3 * row + step) % items for step in range(4)] for row in range(len(modes))]
         reasoning = np.array([mode == "reasoning" for mode in modes])
         return RolloutPrompts(
-            tokens=RaggedArray.of(
-                [self.builder.prompt(h, m) for h, m in zip(histories, modes, strict=True)], np.int32
-            ),
+            tokens=RaggedArray.of([self.builder.prompt(h, m) for h, m in zip(histories, modes, strict=True)], np.int32),
             targets=np.array([(h[-1] + 1) % items for h in histories], dtype=np.int32),
             reasoning=reasoning,
             budgets=np.where(reasoning, budget, self.index.depth + 1).astype(np.int32),
@@ -62,7 +60,7 @@ def make_index(items: int = 30, level_sizes: tuple[int, ...] = (4, 3, 3, 2), see
 
 
 def make_tiny(folder: Path, *, items: int = 30, hidden_size: int = 64, seed: int = 0, sharpen: float = 8.0) -> Tiny:
-    """Write index and checkpoint into `folder`; the random output head is sharpened, so that no distribution is flat."""
+    """Write index and checkpoint into `folder`; the random head is sharpened, so that no distribution is flat."""
     index = make_index(items, seed=seed)
     index.save(folder / "index")
     tokenizer = train_tokenizer(TEXTS, index, vocabulary_size=300)

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 
 from item_index.trie import NO_ITEM, NO_NODE, ROOT, ItemTrie
 
-RAGGED_CODES = st.sets(st.lists(st.integers(0, 4), min_size=1, max_size=4).map(tuple), min_size=1, max_size=40).map(sorted)
+RAGGED_CODES = st.sets(st.lists(st.integers(0, 4), min_size=1, max_size=4).map(tuple), min_size=1, max_size=40).map(
+    sorted
+)
 
 
 def build(rows):
