@@ -45,11 +45,8 @@ class RewardWorker:
 
     def __init__(self, index_folder: str, tokenizer_folder: str, *, minimum_think_tokens: int = 8) -> None:
         self.index = SemanticIdIndex.load(index_folder)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(
-            tokenizer_folder, local_files_only=True, trust_remote_code=False
-        )
-        tokens = SemanticIdTokens.of(self.tokenizer, self.index)
-        self.constraint = AnswerConstraint(ItemTrie.build(self.index.codes_IL, self.index.lengths_I), tokens)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        self.constraint = AnswerConstraint.of(self.index, self.tokenizer)
         self.minimum_think_tokens = minimum_think_tokens
         self.item_codes = [
             tuple(int(code) for code in codes[:length])
