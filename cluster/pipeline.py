@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors.numpy
 from rich.table import Table
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from cluster.progress import console
 from cluster.settings import Settings
@@ -58,13 +58,9 @@ def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
     quantizer = ResidualKMeans.fit(vectors, wanted.level_sizes, seed=settings.seed, balanced=wanted.balanced)
     index = assign_semantic_ids(
         catalogue.item_ids, quantizer.training_codes_IH, wanted.level_sizes,
-        spare_collision_codes=wanted.spare_collision_codes,
+        spare_collision_codes=wanted.spare_collision_codes, codebooks=quantizer.codebooks,
     )  # fmt: skip
     index.save(folder)
-    safetensors.numpy.save_file(
-        {f"level_{level}": codebook for level, codebook in enumerate(quantizer.codebooks)},
-        str(folder / "codebooks.safetensors"),
-    )
     trie = ItemTrie.build(index.codes_IL, index.lengths_I)
     table = Table(
         title=f"index {index.version}: {len(index)} items, {int((index.lengths_I > index.levels).sum())} colliding"
@@ -202,6 +198,7 @@ def run_stages(settings: Settings, names: list[str]) -> None:
                 f"the {earlier} stage is missing or was made with other settings", file=settings.folder,
                 remedy=f"Run `gream {earlier}` with the same config, or `gream run` for all stages.",
             )  # fmt: skip
+    transformers_logging.disable_progress_bar()  # a stage shows its own
     settings.folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         wanted = fingerprint(settings, name)

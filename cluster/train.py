@@ -117,6 +117,7 @@ class SrpoLoop:
         quota[False] = train.prompts_per_step - quota[True]
         fresh_enough = self.version - train.maximum_staleness
         groups = [group for group in self.surplus if group.weight_version >= fresh_enough]
+        expired = len(self.surplus) - len(groups)
         scored: list[tuple[np.ndarray, ScoredResponses]] = []
 
         # Dynamic sampling: groups without variance teach nothing, so more are generated until the batch is full.
@@ -174,6 +175,7 @@ class SrpoLoop:
             "groups_generated": float(sum(len(reasoning) for reasoning, _ in scored)),
             "groups_trained": float(len(chosen)),
             "groups_kept_for_later": float(len(self.surplus)),
+            "groups_expired": float(expired),
             "weight_version": float(self.version),
             **{f"seconds/{phase}": seconds for phase, seconds in timers.seconds.items()},
             "seconds/step": total,

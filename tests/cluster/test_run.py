@@ -1,0 +1,94 @@
+"""`gream run` from Parquet to results on the real engines, with a catalogue of 24 items and a model of a few thousand
+weights: what it checks is that the stages fit together, not that anything is learnt."""
+
+import json
+import sqlite3
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.pipeline import STAGES, run_stages
+from cluster.settings import load_settings
+
+ITEMS, USERS = 24, 24
+
+
+def write_data(folder):
+    generator = np.random.default_rng(0)
+    kinds = ["Drama", "Comedy", "Horror", "Western"]
+    pq.write_table(
+        pa.table(
+            {
+                "item_id": [f"item-{row}" for row in range(ITEMS)],
+                "title": [f"Tale number {row}" for row in range(ITEMS)],
+                "categories": [[kinds[row % 4], kinds[(row // 4) % 4]] for row in range(ITEMS)],
+            }
+        ),
+        folder / "items.parquet",
+    )
+    users, items = zip(*[(u, i) for u in range(USERS) for i in generator.permutation(ITEMS)[:12]], strict=True)
+    pq.write_table(
+        pa.table(
+            {
+                "user_id": list(users),
+                "item_id": [f"item-{item}" for item in items],
+                "timestamp": list(range(len(users))),
+            }
+        ),
+        folder / "interactions.parquet",
+    )
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, ray_cluster):
+    folder = tmp_path_factory.mktemp("run")
+    write_data(folder)
+    return load_settings(
+        None,
+        [
+            f"run_folder={folder / 'run'}", f"data.items={folder / 'items.parquet'}",
+            f"data.interactions={folder / 'interactions.parquet'}", "data.minimum_interactions=3",
+            "index.level_sizes=[4,3,2]", "corpus.history_items=6", "corpus.text_vocabulary=300",
+            "model.hidden_size=32", "model.intermediate_size=32", "model.layers=1", "sft.passes=2",
+            "sft.learning_rate=1.0e-3", "train.steps=2", "train.prompts_per_step=6", "train.mini_batch_prompts=3",
+            "train.responses=6", "train.reasoning_budget=64", "train.probe_prompts=4", "train.learning_rate=1.0e-4",
+            "evaluation.chains=2", "cluster.kv_cache_mib=32", "cluster.rollout_sequences=32",
+        ],
+    )  # fmt: skip
+
+
+@pytest.mark.engines
+@pytest.mark.timeout(900)
+def test_all_stages_run_and_a_second_run_reuses_them(settings, capsys):
+    run_stages(settings, list(STAGES))
+    capsys.readouterr()
+
+    results = json.loads((settings.folder / "evaluation" / "results.json").read_text())
+    assert set(results) == {
+        "popularity", "markov", "item_knn", "direct_sft", "direct_srpo", "reasoning_sft", "reasoning_srpo",
+    }  # fmt: skip
+    for values in results.values():
+        assert values["valid_rate"] == 1.0
+        assert {"recall@10", "ndcg@10"} <= set(values)
+    probe = json.loads((settings.folder / "train" / "probe.json").read_text())
+    assert set(probe) == {"direct", "reasoning", "both modes"}
+    assert probe["direct"]["valid_rate"] == probe["reasoning"]["valid_rate"] == 1.0
+
+    database = sqlite3.connect(settings.folder / "mlflow.db")
+    runs = dict(database.execute("select name, status from runs"))
+    assert runs == {f"run/{name}": "FINISHED" for name in STAGES}
+    steps = database.execute(
+        "select step, value from metrics where key = 'train/weight_version' order by step"
+    ).fetchall()
+    assert steps == [(1, 1.0), (2, 2.0)]
+    valid = database.execute("select value from metrics where key = 'train/valid_rate'").fetchall()
+    assert valid == [(1.0,), (1.0,)]
+    parameters = dict(database.execute("select key, value from params"))
+    assert parameters["train.responses"] == "6"
+
+    run_stages(settings, list(STAGES))
+    printed = capsys.readouterr().out
+    for name in STAGES:
+        assert f"{name}: unchanged, re-used" in printed
