@@ -63,7 +63,7 @@ class LearnerRank:
         self.version += 1
         return {
             **metrics,
-            "staleness": float(np.mean([self.version - 1 - part.weight_versions.mean() for part in parts])),
+            "staleness": float(self.version - 1 - np.concatenate([part.weight_versions for part in parts]).mean()),
         }
 
     def exported_weights(self) -> tuple[np.ndarray, int]:

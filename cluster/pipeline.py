@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,21 @@ STAGES = {
 }
 
 
+@cache
+def code_fingerprint() -> str:
+    """Hash of the source files of all packages: after a change of the code every stage runs again."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[1]
+    for package in ("actors", "learner", "rewards", "item_index", "cluster", "curriculum", "evaluation"):
+        for file in sorted((root / package).glob("*.py")):
+            digest.update(f"{package}/{file.name}".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
 def fingerprint(settings: Settings, name: str) -> str:
-    """Hash of everything a stage's output depends on: its settings, the seed, its inputs, this version of the code."""
+    """Hash of everything a stage's output depends on: its settings, the seed, its inputs, the code itself."""
     stage = STAGES[name]
-    values: dict[str, Any] = {"gream": version("gream"), "seed": settings.seed}
+    values: dict[str, Any] = {"code": code_fingerprint(), "seed": settings.seed}
     for section in stage.sections:
         value: Any = settings
         for part in section.split("."):

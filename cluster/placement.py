@@ -81,7 +81,7 @@ def await_ready(reference: ray.ObjectRef, what: str, seconds: float) -> None:
     ready, _ = ray.wait([reference], timeout=seconds, fetch_local=False)
     if not ready:
         raise DeadlineExceeded(
-            f"{what} did not arrive within {seconds:.0f} s; look at the actor's log with `ray logs`, or raise "
+            f"{what} did not arrive within {seconds:.0f} s; look at the actor's log in Ray's session folder, or raise "
             "cluster.call_seconds"
         )
 

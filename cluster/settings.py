@@ -113,7 +113,7 @@ class TrainSettings(Section):
 class EvaluationSettings(Section):
     part: Literal["test", "validation"] = Field("test", description="Which target of each user is evaluated.")
     users: int | None = Field(None, ge=1, description="Users to evaluate, drawn by the seed; all when null.")
-    beam_width: int = Field(50, ge=1, description="Beams of direct mode, and longest ranked list.")
+    beam_width: int = Field(50, ge=50, description="Beams of direct mode, and length of the ranked lists.")
     chains: int = Field(4, ge=1, description="Reasoning chains sampled for each user.")
     chain_beam_width: int = Field(50, ge=1, description="Beams after each chain.")
     batch_users: int = Field(64, ge=1, description="Users of one beam search.")

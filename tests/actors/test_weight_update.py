@@ -1,0 +1,107 @@
+"""Weights from the learner to a running engine: outputs, log-probabilities and version follow."""
+
+import numpy as np
+import pytest
+import ray
+import safetensors.torch
+import torch
+from tiny import make_tiny
+from transformers import LlamaForCausalLM
+
+from actors.learner import LearnerActor
+from actors.rollout import ENVIRONMENT, RolloutActor, prompt_seeds
+from learner.policy import Policy, load_language_model
+from learner.srpo import allowed_in, response_log_probabilities
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+MODES = ["direct", "reasoning"] * 4
+
+
+def largest_gap(tiny, model, batch):
+    """Largest difference between the sampler's and a model's log-probabilities."""
+    allowed = allowed_in(batch, tiny.constraint).allowed
+    masks = torch.from_numpy(tiny.constraint.free_text_masks)
+    values = response_log_probabilities(
+        Policy(model.eval()), batch, allowed, masks, temperature=1.0, micro_batch_tokens=2048
+    )
+    return float(np.abs(values.numpy() - batch.log_probabilities.values).max())
+
+
+def perturbed(model, seed):
+    """A copy of a model with other weights."""
+    torch.manual_seed(seed)
+    copy = LlamaForCausalLM(model.config)
+    copy.load_state_dict({name: w + 0.05 * w.std() * torch.randn_like(w) for name, w in model.state_dict().items()})
+    copy.tie_weights()
+    return copy.eval()
+
+
+def as_buffer(model):
+    tied = model.config.tie_word_embeddings
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+    return np.frombuffer(safetensors.torch.save(state), dtype=np.uint8)
+
+
+def test_outputs_and_log_probabilities_follow_the_new_weights(tiny, rollout_engine):
+    prompts, seeds = tiny.prompts(MODES), prompt_seeds(3, 1, len(MODES))
+    old = rollout_engine.generate(prompts, responses=4, seeds=seeds)
+    new_model = perturbed(tiny.model, seed=1)
+    try:
+        assert rollout_engine.update_weights(as_buffer(new_model), version=5) == 5
+        new = rollout_engine.generate(prompts, responses=4, seeds=seeds)
+        assert (new.weight_versions == 5).all()
+        assert new.responses.values.tolist() != old.responses.values.tolist()
+        assert largest_gap(tiny, new_model, new) < 2e-3
+        assert largest_gap(tiny, tiny.model, new) > 2e-3
+    finally:
+        rollout_engine.load_weights(str(tiny.checkpoint), 0)
+    back = rollout_engine.generate(prompts, responses=4, seeds=seeds)
+    assert back.responses.values.tolist() == old.responses.values.tolist()
+
+
+def test_learner_and_rollout_actors_agree_on_weights_and_version_after_an_update(tiny, ray_cluster, tmp_path):
+    environment = {"runtime_env": {"env_vars": {**ENVIRONMENT, "OMP_NUM_THREADS": "2"}}, "num_cpus": 1}
+    checkpoint, index = str(tiny.checkpoint), str(tiny.index_folder)
+    rollout = RolloutActor.options(**environment).remote(
+        checkpoint, index, maximum_tokens=256, sequences=64, kv_cache_mib=64
+    )
+    learner = LearnerActor.options(**environment).remote(
+        checkpoint, seed=0, threads=2,
+        engine={
+            "learning_rate": 1e-3, "weight_decay": 0.0, "warm_up_steps": 0, "total_steps": 1, "schedule": "constant",
+            "gradient_clip": 1.0, "zero_stage": 2,
+        },
+    )  # fmt: skip
+    learner.prepare_srpo.remote(index, {}, temperature=1.0, mini_batch_prompts=8, micro_batch_tokens=2048, seed=0)
+    prompts, seeds = tiny.prompts(MODES), prompt_seeds(4, 1, len(MODES))
+    batch = rollout.generate.remote(prompts, responses=4, seeds=seeds)
+    advantages = np.random.default_rng(0).normal(size=(len(MODES), 4)).astype(np.float32)
+    members = [(0, group) for group in range(len(MODES))]
+    metrics = ray.get(learner.update.remote(members, advantages, batch), timeout=300)
+    assert metrics["staleness"] == 0
+    buffer, version = learner.exported_weights.options(num_returns=2).remote()
+    assert ray.get(rollout.update_weights.remote(buffer, version), timeout=120) == 1
+    assert ray.get(rollout.weight_version.remote(), timeout=60) == ray.get(version, timeout=60) == 1
+    fresh = ray.get(rollout.generate.remote(prompts, responses=4, seeds=seeds), timeout=120)
+    assert fresh.responses.values.tolist() != ray.get(batch, timeout=60).responses.values.tolist()
+    folder = ray.get(learner.save.remote(str(tmp_path / "saved")), timeout=120)
+    assert largest_gap(tiny, load_language_model(folder), fresh) < 2e-3
+    assert largest_gap(tiny, tiny.model, fresh) > 2e-3
+    for actor in (rollout, learner):
+        ray.kill(actor)
+
+
+def test_an_engine_with_tied_embeddings_follows_an_update(ray_cluster, tmp_path):
+    tiny = make_tiny(tmp_path, tied=True)
+    environment = {"runtime_env": {"env_vars": {**ENVIRONMENT, "OMP_NUM_THREADS": "2"}}, "num_cpus": 1}
+    rollout = RolloutActor.options(**environment).remote(
+        str(tiny.checkpoint), str(tiny.index_folder), maximum_tokens=256, sequences=64, kv_cache_mib=64
+    )
+    prompts, seeds = tiny.prompts(MODES), prompt_seeds(5, 1, len(MODES))
+    assert largest_gap(tiny, tiny.model, ray.get(rollout.generate.remote(prompts, responses=4, seeds=seeds))) < 2e-3
+    new_model = perturbed(tiny.model, seed=2)
+    assert new_model.get_output_embeddings().weight is new_model.get_input_embeddings().weight
+    ray.get(rollout.update_weights.remote(as_buffer(new_model), 1), timeout=120)
+    fresh = ray.get(rollout.generate.remote(prompts, responses=4, seeds=seeds), timeout=120)
+    assert largest_gap(tiny, new_model, fresh) < 2e-3
+    ray.kill(rollout)

@@ -1,0 +1,37 @@
+"""Engines start once for the whole test run: their start costs more than what is tested with them."""
+
+from __future__ import annotations
+
+import os
+
+from actors.rollout import ENVIRONMENT
+
+os.environ.update(ENVIRONMENT)
+
+import pytest
+import ray
+from tiny import make_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A catalogue of 30 items with index and checkpoint; see `tiny.py`."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def rollout_engine(tiny):
+    """A real vLLM engine on the tiny checkpoint. A test that changes its weights puts them back."""
+    from actors.rollout import RolloutEngine
+
+    return RolloutEngine(
+        str(tiny.checkpoint), str(tiny.index_folder), maximum_tokens=256, sequences=128, kv_cache_mib=64
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """Ray on this machine, with room for a learner and a rollout engine."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

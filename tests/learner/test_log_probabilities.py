@@ -1,0 +1,112 @@
+"""Log-probabilities over allowed sets against a slow reading: one response at a time, full logits, one token at a time.
+"""
+
+import numpy as np
+import pytest
+import torch
+from tiny import allowed_tokens
+
+from item_index.constraint import AllowedTokens
+from item_index.ragged import RaggedArray
+from learner.log_probabilities import allowed_log_probabilities, full_vocabulary_log_probabilities
+from learner.packing import pack_groups
+from learner.policy import Policy
+from learner.srpo import allowed_in
+
+MODES = ["direct", "reasoning", "reasoning", "direct"]
+EXCLUDED = [[], [], [0, 5, 11], [9, 30]]
+
+
+def slow_log_probabilities(tiny, batch, temperature):
+    """float32 [tokens], with gradients to the model; and bool [tokens], whether there was a choice."""
+    values, choice = [], []
+    for row, response in enumerate(batch.responses):
+        group = row // batch.group_size
+        prompt = batch.prompts.tokens[group]
+        states = tiny.constraint.start(
+            ["reasoning" if batch.prompts.reasoning[group] else "direct"],
+            [int(batch.prompts.budgets[group])],
+            [batch.prompts.excluded[group]],
+        )
+        logits = tiny.model(torch.from_numpy(np.concatenate([prompt, response]))[None].long()).logits[0] / temperature
+        for place, token in enumerate(response):
+            allowed = sorted(allowed_tokens(tiny.constraint, states))
+            mask = torch.full((logits.shape[1],), float("-inf"))
+            mask[allowed] = 0.0
+            values.append((logits[len(prompt) - 1 + place] + mask).log_softmax(dim=-1)[int(token)])
+            choice.append(len(allowed) > 1)
+            tiny.constraint.advance(states, np.array([token]))
+    return torch.stack(values), np.array(choice)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_log_probabilities_and_gradients_equal_the_slow_ones(tiny, temperature):
+    batch = tiny.random_rollouts(tiny.prompts(MODES, excluded=EXCLUDED), responses=3, seed=3)
+    allowed = allowed_in(batch, tiny.constraint).allowed
+    masks = torch.from_numpy(tiny.constraint.free_text_masks)
+    groups = [(batch.prompts.tokens[g], [batch.responses[3 * g + i] for i in range(3)]) for g in range(len(MODES))]
+    weights = torch.from_numpy(np.random.default_rng(0).normal(size=len(batch.responses.values))).float()
+
+    def gradients(values):
+        tiny.model.zero_grad()
+        (weights * values).mean().backward()
+        found = {name: weight.grad.clone() for name, weight in tiny.model.named_parameters()}
+        tiny.model.zero_grad()
+        return found
+
+    slow, choice = slow_log_probabilities(tiny, batch, temperature)
+    fast = Policy(tiny.model)(pack_groups(groups), allowed, masks, temperature)
+    assert fast.dtype == torch.float32
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
+    assert allowed.has_choice.tolist() == choice.tolist()
+    assert choice.any()
+    assert not choice.all()
+    assert (fast[torch.from_numpy(~choice)] == 0).all()
+    expected = gradients(slow)
+    for name, gradient in gradients(fast).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def random_head(tokens=4, hidden=8, vocabulary=12):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(tokens, hidden, generator=generator), torch.randn(vocabulary, hidden, generator=generator)
+
+
+def test_listed_tokens_come_on_top_of_the_free_text_set():
+    hidden, head = random_head(tokens=3)
+    masks = torch.zeros(2, 12, dtype=torch.bool)
+    masks[0, [1, 2]] = True
+    masks[1, [3, 4]] = True
+    allowed = AllowedTokens(np.array([0, 1, -1], dtype=np.int8), RaggedArray.of([[7], [], [5, 6]], np.int64))
+    values = allowed_log_probabilities(hidden, head, torch.tensor([7, 4, 6]), allowed, masks, chunk=1)
+    for row, (target, members) in enumerate([(7, [1, 2, 7]), (4, [3, 4]), (6, [5, 6])]):
+        logits = head[members] @ hidden[row]
+        torch.testing.assert_close(values[row], logits.log_softmax(dim=0)[members.index(target)], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("free_text", [-1, 0])
+def test_a_target_outside_its_allowed_set_is_an_error(free_text):
+    hidden, head = random_head(tokens=2)
+    masks = torch.zeros(2, 12, dtype=torch.bool)
+    masks[0, [1, 2]] = True
+    listed = [[5, 6], [5, 6]] if free_text < 0 else [[], []]
+    allowed = AllowedTokens(np.full(2, free_text, dtype=np.int8), RaggedArray.of(listed, np.int64))
+    inside = 5 if free_text < 0 else 1
+    with pytest.raises(ValueError, match="position 1: token 9 is outside its allowed set"):
+        allowed_log_probabilities(hidden, head, torch.tensor([inside, 9]), allowed, masks)
+
+
+def test_a_wrong_number_of_allowed_sets_is_an_error():
+    hidden, head = random_head(tokens=2)
+    allowed = AllowedTokens(np.full(1, -1, dtype=np.int8), RaggedArray.of([[1]], np.int64))
+    with pytest.raises(ValueError, match="2 targets but 1 allowed sets"):
+        allowed_log_probabilities(hidden, head, torch.tensor([1, 1]), allowed, torch.zeros(2, 12, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_the_whole_vocabulary_is_the_softmax_of_all_logits_in_any_chunk(chunk):
+    hidden, head = random_head(tokens=7)
+    targets = torch.arange(7)
+    expected = (hidden @ head.T).log_softmax(dim=-1)[torch.arange(7), targets]
+    values = full_vocabulary_log_probabilities(hidden, head, targets, chunk=chunk)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
