@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.packing import micro_batches, pack_groups, pack_rows, packed_length
 from learner.policy import Policy
+from learner.srpo import allowed_in, response_log_probabilities
 
 GROUPS = [
     (np.array([5, 6, 7]), [np.array([8, 9, 1]), np.array([1]), np.array([10, 1])]),
@@ -75,6 +76,7 @@ def test_padding_of_supervised_rows_changes_no_prediction(tiny):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 200))
 def test_micro_batches_hold_each_row_once_within_the_budget(lengths, budget):
     parts = list(micro_batches(lengths, budget))
@@ -91,8 +93,6 @@ def test_similar_lengths_share_a_micro_batch():
 
 @pytest.mark.parametrize("budget", [1, 40, 4096])
 def test_the_budget_of_a_micro_batch_does_not_change_log_probabilities(tiny, budget):
-    from learner.srpo import allowed_in, response_log_probabilities
-
     batch = tiny.random_rollouts(tiny.prompts(["direct", "reasoning"] * 2), responses=2, seed=2)
     masks = torch.from_numpy(tiny.constraint.free_text_masks)
     allowed = allowed_in(batch, tiny.constraint).allowed
