@@ -1,77 +1,167 @@
+"""Settings: what can be said, how it is checked, and how an error reads."""
+
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from cluster.settings import Settings, load_settings
 from item_index.input_error import InputError
+from learner.objective import ObjectiveSettings
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
 
-def sections(model: type[BaseModel]):
-    yield model
-    for field in model.model_fields.values():
+def all_fields(model, prefix=""):
+    """(dotted key, field) of every setting, sections included."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from sections(field.annotation)
+            yield from all_fields(field.annotation, f"{prefix}{name}.")
 
 
-def test_every_field_has_a_description():
-    for section in sections(Settings):
-        for name, field in section.model_fields.items():
-            assert field.description, f"{section.__name__}.{name}"
+def test_every_setting_has_a_default_and_a_description():
+    fields = dict(all_fields(Settings))
+    assert "train.objective.clip_low" in fields
+    for key, field in fields.items():
+        assert not field.is_required(), key
+        assert field.description, key
+        assert field.description.endswith("."), key
+
+
+def test_the_defaults_are_the_papers_and_the_objectives_own():
+    settings = load_settings(None)
+    assert settings.train.objective.model_dump() == vars(ObjectiveSettings())
+    assert (settings.train.steps, settings.train.prompts_per_step, settings.train.mini_batch_prompts) == (150, 256, 64)
+    assert (settings.train.responses, settings.train.pass_k, settings.train.learning_rate) == (10, 4, 2e-6)
+    assert settings.index.level_sizes == (256,) * 4
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_the_presets_load(file):
+    settings = load_settings(file)
+    for key, value in yaml.safe_load(file.read_text()).items():
+        written = settings.model_dump(mode="json")[key]
+        assert written == value or set(value) <= set(written)
+
+
+def test_there_are_presets():
+    assert CONFIGS
+
+
+def test_overrides_replace_the_files_values_and_are_read_as_yaml(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("seed: 3\ntrain:\n  steps: 5\n  responses: 4\n")
+    settings = load_settings(
+        file,
+        ["train.steps=7", "index.level_sizes=[4, 3]", "index.balanced=true", "evaluation.users=null",
+         "train.learning_rate=1.0e-4", "train.objective.token_mean=global", "run_folder=runs/a=b"],
+    )  # fmt: skip
+    assert (settings.seed, settings.train.steps, settings.train.responses) == (3, 7, 4)
+    assert settings.index.level_sizes == (4, 3)
+    assert settings.index.balanced is True
+    assert settings.evaluation.users is None
+    assert settings.train.learning_rate == 1e-4
+    assert settings.train.objective.token_mean == "global"
+    assert settings.run_folder == "runs/a=b"
+
+
+def test_what_is_dumped_loads_as_the_same_settings(tmp_path):
+    settings = load_settings(None, ["train.steps=7", "index.level_sizes=[4, 3]"])
+    file = tmp_path / "settings.yaml"
+    file.write_text(settings.dump())
+    assert load_settings(file) == settings
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("# nothing\n")
+    assert load_settings(file) == Settings()
 
 
 @pytest.mark.parametrize(
-    ("override", "nearest"),
+    ("override", "wrong", "nearest"),
     [
-        ("train.lerning_rate=1", "'train.learning_rate'"),
-        ("trian.steps=1", "'train'"),
-        ("train.objective.clip_hi=1", "'train.objective.clip_high'"),
-        ("sedd=1", "'seed'"),
+        ("train.stepz=1", "train.stepz", "train.steps"),
+        ("trian.steps=1", "trian", "train"),
+        ("train.objective.clip=0.1", "train.objective.clip", "train.objective.clip_low"),
+        ("index.level_size=[2]", "index.level_size", "index.level_sizes"),
+        ("sead=1", "sead", "seed"),
     ],
 )
-def test_an_unknown_key_names_the_nearest_valid_one(override, nearest):
-    with pytest.raises(InputError, match=f"nearest one is {nearest}"):
+def test_an_unknown_key_names_the_nearest_one(tmp_path, override, wrong, nearest):
+    with pytest.raises(InputError, match=f"there is no key '{wrong}'; the nearest one is '{nearest}"):
         load_settings(None, [override])
+    # The same key in a file, which is then named.
+    key, _, text = override.partition("=")
+    values = yaml.safe_load(text)
+    for part in reversed(key.split(".")):
+        values = {part: values}
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match=f"settings.yaml.*'{wrong}'.*'{nearest}"):
+        load_settings(file)
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "named"),
     [
-        ("train.steps", "not of the form key=value"),
+        ("train.steps=-1", "train.steps"),
+        ("train.steps=many", "train.steps"),
         ("train.responses=1", "train.responses"),
-        ("seed=x", "seed"),
-        ("seed.x=1", "seed"),
-        ("train.reasoning_budget=12", "at least 13"),
-        ("train.mini_batch_prompts=999", "must not exceed"),
-        ("evaluation.beam_width=10", "evaluation.beam_width"),
+        ("train.objective.dual_clip=1", "train.objective.dual_clip"),
+        ("train.objective.token_mean=mean", "train.objective.token_mean"),
+        ("index.level_sizes=[]", "index.level_sizes"),
+        ("index.level_sizes=[4, x]", r"index.level_sizes"),
+        ("data.minimum_interactions=2", "data.minimum_interactions"),
+        ("corpus.rl_holdout=1", "corpus.rl_holdout"),
+        ("cluster.dtype=float16", "cluster.dtype"),
+        ("train.reasoning_budget=5", "train.reasoning_budget of 5 tokens"),
+        ("train.mini_batch_prompts=300", "train.mini_batch_prompts"),
+        ("seed=-1", "seed"),
+        ("seed=", "seed"),
+        ("train=5", "train"),
     ],
 )
-def test_a_bad_override_is_an_error_that_names_it(override, message):
-    with pytest.raises(InputError, match=message):
+def test_a_value_out_of_range_is_named(override, named):
+    with pytest.raises(InputError, match=named):
         load_settings(None, [override])
 
 
-def test_overrides_replace_the_file_and_the_dump_loads_again(tmp_path):
-    file = tmp_path / "config.yaml"
-    file.write_text("seed: 3\ntrain:\n  steps: 7\n")
-    settings = load_settings(file, ["train.steps=9", "index.level_sizes=[4, 4]", "model.checkpoint=null"])
-    assert (settings.seed, settings.train.steps, settings.index.level_sizes) == (3, 9, (4, 4))
-    (tmp_path / "dump.yaml").write_text(settings.dump())
-    assert load_settings(tmp_path / "dump.yaml") == settings
+def test_several_problems_are_told_at_once():
+    with pytest.raises(InputError) as caught:
+        load_settings(None, ["train.stepz=1", "sft.passes=0"])
+    assert "train.stepz" in str(caught.value)
+    assert "sft.passes" in str(caught.value)
 
 
-def test_missing_and_broken_files_are_errors(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
-        load_settings(tmp_path / "none.yaml")
-    for text in ("a: [", "- 1"):
-        (tmp_path / "broken.yaml").write_text(text)
-        with pytest.raises(InputError, match=r"broken\.yaml"):
-            load_settings(tmp_path / "broken.yaml")
+@pytest.mark.parametrize("override", ["train.steps", "seed.x=1", "index.level_sizes.0=4", "train.steps=[1"])
+def test_an_override_that_cannot_be_read_is_an_input_error(tmp_path, override):
+    file = tmp_path / "settings.yaml"
+    file.write_text("seed: 1\nindex:\n  level_sizes: [4, 3]\n")
+    with pytest.raises(InputError, match=r"override|seed|level_sizes|steps"):
+        load_settings(file, [override])
 
 
-def test_presets_load_and_defaults_are_the_papers():
-    for preset in Path(__file__).parents[2].glob("configs/*.yaml"):
-        load_settings(preset)
-    train = Settings().train
-    assert (train.responses, train.pass_k, train.learning_rate, train.steps) == (10, 4, 2e-6, 150)
-    assert (train.prompts_per_step, train.mini_batch_prompts, train.objective.kl_coefficient) == (256, 64, 0.001)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("train: [", "not YAML"), ("- 1\n- 2\n", "mapping"), ("train: 5\n", "train"), ("train:\n", "train")],
+)
+def test_a_broken_file_is_named(tmp_path, text, message):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_settings(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere.yaml.*does not exist"):
+        load_settings(tmp_path / "nowhere.yaml")
+
+
+def test_settings_cannot_be_changed_after_they_were_checked():
+    settings = Settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.seed = 5

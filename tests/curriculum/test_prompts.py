@@ -4,7 +4,6 @@ import copy
 
 import numpy as np
 import pytest
-from tiny import make_index
 
 from curriculum.prompts import SYSTEM_PROMPTS, PromptBuilder
 from curriculum.reasoning import MetadataTeacher
@@ -110,9 +109,3 @@ def test_what_is_taught_is_allowed_by_the_constraint_under_which_it_is_sampled(t
     )
     tiny.constraint.scan(RaggedArray.of([reasoning, direct], np.int32), states)
     assert not states.forced.any()
-
-
-def test_an_index_whose_first_token_the_prompt_lacks_is_not_mixed_up(tiny):
-    other = make_index(items=6, level_sizes=(2, 2))
-    with pytest.raises(IndexError):
-        PromptBuilder(tiny.tokenizer, other, tiny.constraint.tokens).prompt([len(other)], "direct")
