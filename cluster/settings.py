@@ -86,6 +86,12 @@ class ObjectiveSection(Section):
         "per_mode", description="Token mean inside each mode, weighted by prompts, or over all tokens alike."
     )
 
+    @model_validator(mode="after")
+    def _clips_fit(self) -> ObjectiveSection:
+        if self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(f"dual_clip must be above 1 + clip_high = {1 + self.clip_high}")
+        return self
+
 
 class TrainSettings(Section):
     steps: int = Field(150, ge=0, description="Optimizer phases: rollouts, update, weight transfer.")
@@ -202,7 +208,10 @@ def load_settings(file: str | Path | None, overrides: Sequence[str] = ()) -> Set
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise InputError(f"{section!r} in the override {override!r} is a value, not a section")
-        place[last] = yaml.safe_load(text)
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"the value of the override {override!r} is not YAML") from None
     try:
         return Settings.model_validate(values)
     except ValidationError as error:

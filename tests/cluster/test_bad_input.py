@@ -1,166 +1,198 @@
-"""Bad input ends with exit status 2 and one message that names the place, before anything heavy starts."""
+"""`gream` with bad input: exit status 2 and one message that names file, row and field, before any engine starts."""
 
 import json
 import subprocess
 import sys
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import ray
+from small_tables import interactions_table, items_table, write_tables
 from tiny import TEXTS, make_index
 
-from cluster import cli
-from cluster.pipeline import STAGES, fingerprint, is_current, read_data, run_stages
+from cluster.cli import main
+from cluster.pipeline import STAGES, fingerprint, run_stages
 from cluster.settings import load_settings
 from curriculum.tokenizer import train_tokenizer
-from item_index.semantic_ids import SemanticIdIndex
+from learner.policy import build_language_model
 
-ITEMS = {"item_id": [f"i{row}" for row in range(8)], "title": [f"Title {row}" for row in range(8)]}
-INTERACTIONS = {
-    "user_id": [user for user in range(6) for _ in range(6)],
-    "item_id": [f"i{(user + place) % 8}" for user in range(6) for place in range(6)],
-    "timestamp": list(range(36)),
-}
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """One run folder for all tests, because its tracking database takes seconds to make."""
+    return tmp_path_factory.mktemp("bad_input") / "run"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Write the two tables (changed as asked) and run `gream`; returns what it printed as its error."""
+def gream(run_folder, monkeypatch, capsys):
+    """Run `gream` with arguments; returns its exit status and what it wrote to stderr."""
 
-    def write(items=None, interactions=None):
-        for name, table in (("items", items or ITEMS), ("interactions", interactions or INTERACTIONS)):
-            pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    def no_ray(*_, **__):
+        pytest.fail("Ray was started before the input was checked")
 
-    def call(command="index", *overrides, items=None, interactions=None):
-        write(items, interactions)
-        arguments = [
-            "gream", command, f"run_folder={tmp_path / 'run'}", f"data.items={tmp_path / 'items.parquet'}",
-            f"data.interactions={tmp_path / 'interactions.parquet'}", "data.minimum_interactions=3",
-            "index.level_sizes=[2,2]", *overrides,
-        ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", arguments)
-        ray_before = ray.is_initialized()
+    monkeypatch.setattr(ray, "init", no_ray)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gream", *arguments, f"run_folder={run_folder}"])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert ended.value.code == 2
-        assert ray.is_initialized() == ray_before
-        return capsys.readouterr().err
+            main()
+        return ended.value.code, capsys.readouterr().err
 
-    call.write = write
-    call.folder = tmp_path
     return call
 
 
-def replaced(table, column, place, value):
-    changed = {name: list(values) for name, values in table.items()}
-    changed[column][place] = value
-    return changed
+def expect_one_message(result, *parts):
+    code, message = result
+    assert code == 2
+    assert message.startswith("gream: ")
+    assert message.count("gream: ") == 1
+    assert "Traceback" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def changed(table, column, row, value):
+    table[column][row] = value
+    return table
 
 
 def without(table, column):
-    return {name: values for name, values in table.items() if name != column}
+    del table[column]
+    return table
 
 
-@pytest.mark.parametrize(
-    ("items", "interactions", "named"),
-    [
-        (without(ITEMS, "title"), None, ["items.parquet", "title"]),
-        (replaced(ITEMS, "item_id", 3, None), None, ["items.parquet", "row 3", "item_id"]),
-        (replaced(ITEMS, "item_id", 3, "i1"), None, ["items.parquet", "row 3", "item_id", "i1"]),
-        (
-            {"item_id": pa.array([], pa.string()), "title": pa.array([], pa.string())},
-            None,
-            ["items.parquet", "no rows"],
-        ),
-        (None, without(INTERACTIONS, "timestamp"), ["interactions.parquet", "timestamp"]),
-        (None, replaced(INTERACTIONS, "item_id", 5, "nowhere"), ["interactions.parquet", "row 5", "nowhere"]),
-        (
-            None,
-            {**INTERACTIONS, "timestamp": ["2020-01-01"] * 7 + ["last week"] + ["2020-01-02"] * 28},
-            ["interactions.parquet", "row 7", "timestamp", "last week"],
-        ),
-    ],
-)
-def test_a_bad_table_is_named_with_row_and_field(run, items, interactions, named):
-    message = run(items=items, interactions=interactions)
-    for part in named:
-        assert part in message
-    assert message.startswith("gream: ")
-    assert message.count("\n") == 1
+ITEM_FAULTS = {
+    "missing column": (without(items_table(), "title"), ("field 'title'", "the column is missing")),
+    "null item id": (changed(items_table(), "item_id", 3, None), ("row 3", "field 'item_id'", "null")),
+    "repeated item id": (
+        changed(items_table(), "item_id", 7, "item-2"),
+        ("row 7", "field 'item_id'", "'item-2'", "row 2"),
+    ),
+    "blank title": (changed(items_table(), "title", 5, " "), ("row 5", "field 'title'", "empty")),
+    "no rows": ({name: [] for name in items_table()}, ("no rows",)),
+}
+INTERACTION_FAULTS = {
+    "missing column": (without(interactions_table(), "timestamp"), ("field 'timestamp'", "the column is missing")),
+    "null user": (changed(interactions_table(), "user_id", 4, None), ("row 4", "field 'user_id'", "null")),
+    "null item": (changed(interactions_table(), "item_id", 6, None), ("row 6", "field 'item_id'", "null")),
+    "unknown item": (
+        changed(interactions_table(), "item_id", 9, "item-99"),
+        ("row 9", "field 'item_id'", "item 'item-99' is not in the catalogue"),
+    ),
+    "unparsable time": (
+        changed({**interactions_table(), "timestamp": ["2024-05-01"] * 288}, "timestamp", 8, "yesterday"),
+        ("row 8", "field 'timestamp'", "unparsable time 'yesterday'"),
+    ),
+    "null time": (changed(interactions_table(), "timestamp", 2, None), ("row 2", "field 'timestamp'", "null")),
+    "no rows": ({name: [] for name in interactions_table()}, ("no rows",)),
+}  # fmt: skip
 
 
-def test_fewer_items_than_codes(run):
-    message = run("index", "index.level_sizes=[2,64]")
-    assert "8 items are fewer than the 64 codes" in message
-    assert "index.level_sizes" in message
+@pytest.mark.parametrize("fault", ITEM_FAULTS)
+def test_a_fault_in_the_items(gream, tmp_path, fault):
+    table, parts = ITEM_FAULTS[fault]
+    overrides = write_tables(tmp_path, items=table)
+    expect_one_message(gream("index", *overrides), str(tmp_path / "items.parquet"), *parts)
 
 
-def test_an_unknown_key_and_a_missing_file(run):
-    assert "the nearest one is 'train.steps'" in run("train", "train.stesp=3")
-    assert "nowhere.parquet" in run("run", "data.items=nowhere.parquet")
+@pytest.mark.parametrize("fault", INTERACTION_FAULTS)
+def test_a_fault_in_the_interactions(gream, tmp_path, fault):
+    table, parts = INTERACTION_FAULTS[fault]
+    overrides = write_tables(tmp_path, interactions=table)
+    expect_one_message(gream("index", *overrides), str(tmp_path / "interactions.parquet"), *parts)
 
 
-def test_a_stage_without_the_ones_before_it_says_what_to_run(run):
-    assert "Run `gream sft`" in run("train")
+def test_a_file_that_is_empty_or_not_parquet_or_missing(gream, tmp_path):
+    overrides = write_tables(tmp_path)
+    file = tmp_path / "items.parquet"
+    file.write_bytes(b"")
+    expect_one_message(gream("index", *overrides), str(file), "not readable as Parquet")
+    file.write_text("item_id,title\n1,Tale\n")
+    expect_one_message(gream("index", *overrides), str(file), "not readable as Parquet")
+    file.unlink()
+    expect_one_message(gream("index", *overrides), str(file), "does not exist", "data.items")
 
 
-def test_a_checkpoint_without_the_tokens_of_the_index(run):
-    run.write()
-    folder = run.folder / "run"
-    settings = load_settings(
-        None,
-        [
-            f"run_folder={folder}", f"data.items={run.folder / 'items.parquet'}",
-            f"data.interactions={run.folder / 'interactions.parquet'}", "data.minimum_interactions=3",
-            "index.level_sizes=[2,2]",
-        ],
+def test_fewer_items_than_codes(gream, tmp_path):
+    overrides = write_tables(tmp_path)
+    expect_one_message(
+        gream("index", *overrides, "index.level_sizes=[4,256]"),
+        str(tmp_path / "items.parquet"), "field 'index.level_sizes'", "24 items are fewer than the 256 codes",
     )  # fmt: skip
-    run_stages(settings, ["index", "corpus"])
-    checkpoint = folder / "sft" / "checkpoint"
-    checkpoint.mkdir(parents=True)
-    other = train_tokenizer(TEXTS, make_index(), vocabulary_size=300)
-    other.add_tokens(["<|unused|>"])
-    vocabulary = json.loads(other.backend_tokenizer.to_str())
-    vocabulary["added_tokens"] = [t for t in vocabulary["added_tokens"] if not t["content"].startswith("<|b_")]
-    other.save_pretrained(checkpoint)
-    (checkpoint / "tokenizer.json").write_text(json.dumps(vocabulary))
-    (folder / "sft" / "stage.json").write_text(json.dumps({"fingerprint": fingerprint(settings, "sft")}))
-    message = run("train")
-    assert "tokenizer lacks" in message
-    assert SemanticIdIndex.load(folder / "index").version in message
-    assert "checkpoint" in message
 
 
-def test_the_same_seed_gives_the_same_split_and_index_and_changes_are_noticed(run):
-    run.write()
-    common = [
-        f"data.items={run.folder / 'items.parquet'}", f"data.interactions={run.folder / 'interactions.parquet'}",
-        "data.minimum_interactions=3", "index.level_sizes=[2,2]",
-    ]  # fmt: skip
-    versions, splits = [], []
-    for name in ("first", "second"):
-        settings = load_settings(None, [*common, f"run_folder={run.folder / name}"])
-        run_stages(settings, ["index", "corpus"])
-        versions.append(SemanticIdIndex.load(settings.folder / "index").version)
-        splits.append(json.loads((settings.folder / "corpus" / "summary.json").read_text())["split_fingerprint"])
-    assert versions[0] == versions[1]
-    assert splits[0] == splits[1] == read_data(settings)[1].fingerprint()
-
-    assert is_current(settings, "index")
-    assert is_current(settings, "corpus")
-    assert not is_current(settings, "sft")
-    changed = load_settings(None, [*common, f"run_folder={settings.folder}", "corpus.history_items=3"])
-    assert is_current(changed, "index")
-    assert not is_current(changed, "corpus")
-    run.write(items=replaced(ITEMS, "title", 0, "Another title"))
-    assert not any(is_current(settings, name) for name in STAGES)
+def test_fewer_interactions_than_are_needed(gream, tmp_path):
+    overrides = write_tables(tmp_path)
+    expect_one_message(
+        gream("index", *overrides, "data.minimum_interactions=25"), "field 'minimum_interactions'", "none of 288"
+    )
 
 
-def test_a_dry_run_prints_settings_that_load(run):
-    printed = subprocess.run(
-        [f"{sys.prefix}/bin/gream", "run", "--dry-run", "train.steps=3"],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    (run.folder / "printed.yaml").write_text(printed)
-    assert load_settings(run.folder / "printed.yaml").train.steps == 3
+def test_a_key_that_does_not_exist_in_an_override_or_in_the_file(gream, tmp_path):
+    expect_one_message(gream("index", "index.level_size=[4]"), "'index.level_size'", "'index.level_sizes'")
+    config = tmp_path / "config.yaml"
+    config.write_text("train:\n  step: 3\n")
+    expect_one_message(gream("run", "--config", str(config)), str(config), "'train.step'", "'train.steps'")
+    expect_one_message(gream("index", "--config", str(tmp_path / "none.yaml")), "none.yaml", "does not exist")
+
+
+def test_a_stage_whose_inputs_are_missing(gream, tmp_path):
+    overrides = write_tables(tmp_path)
+    expect_one_message(gream("train", *overrides), "the sft stage is missing", "Run `gream sft`")
+
+
+@pytest.fixture(scope="module")
+def with_corpus(run_folder, tmp_path_factory):
+    """Overrides of a run whose index and corpus stages are done."""
+    overrides = write_tables(tmp_path_factory.mktemp("tables"))
+    run_stages(load_settings(None, [*overrides, f"run_folder={run_folder}"]), ["index", "corpus"])
+    return overrides
+
+
+def mark_sft_done(run_folder, overrides):
+    settings = load_settings(None, [*overrides, f"run_folder={run_folder}"])
+    folder = settings.folder / STAGES["sft"].folder
+    folder.mkdir(exist_ok=True)
+    (folder / "stage.json").write_text(json.dumps({"fingerprint": fingerprint(settings, "sft")}))
+    return folder / "checkpoint"
+
+
+def test_train_with_a_checkpoint_that_lacks_the_indexs_tokens(gream, with_corpus, run_folder):
+    checkpoint = mark_sft_done(run_folder, with_corpus)
+    tokenizer = train_tokenizer(TEXTS, make_index(items=6, level_sizes=(2, 2)), vocabulary_size=300)
+    build_language_model(tokenizer, hidden_size=32, layers=1, intermediate_size=32, seed=0).save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    expect_one_message(
+        gream("train", *with_corpus), str(checkpoint), "the tokenizer lacks", "tokens of index", "run corpus and sft"
+    )
+
+
+def test_train_without_a_checkpoint(gream, with_corpus, run_folder, tmp_path):
+    checkpoint = mark_sft_done(run_folder, with_corpus)
+    if checkpoint.exists():
+        checkpoint.rename(tmp_path / "moved")
+    expect_one_message(gream("train", *with_corpus), str(checkpoint), "there is no checkpoint")
+
+
+def test_a_checkpoint_to_start_from_that_does_not_exist(gream, with_corpus, tmp_path):
+    expect_one_message(
+        gream("corpus", *with_corpus, f"model.checkpoint={tmp_path / 'nowhere'}"),
+        str(tmp_path / "nowhere"), "field 'model.checkpoint'", "no such checkpoint folder",
+    )  # fmt: skip
+
+
+def test_the_command_itself_ends_with_status_2_and_one_line():
+    ended = subprocess.run(
+        [sys.executable, "-c", "from cluster.cli import main; main()", "run", "train.stepz=1"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.splitlines() == [
+        "gream: there is no key 'train.stepz'; the nearest one is 'train.steps'. "
+        "See `gream run --dry-run` for all keys."
+    ]
+
+
+def test_checking_settings_and_data_imports_no_ray():
+    code = "import sys, cluster.cli, cluster.pipeline; sys.exit(bool({'ray', 'vllm', 'deepspeed'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=240, check=False).returncode == 0

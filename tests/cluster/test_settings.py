@@ -111,6 +111,7 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path, override, wrong, nearest
         ("train.steps=many", "train.steps"),
         ("train.responses=1", "train.responses"),
         ("train.objective.dual_clip=1", "train.objective.dual_clip"),
+        ("train.objective.dual_clip=1.1", r"train.objective: .*dual_clip must be above 1 \+ clip_high"),
         ("train.objective.token_mean=mean", "train.objective.token_mean"),
         ("index.level_sizes=[]", "index.level_sizes"),
         ("index.level_sizes=[4, x]", r"index.level_sizes"),
@@ -157,7 +158,7 @@ def test_a_broken_file_is_named(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere.yaml.*does not exist"):
+    with pytest.raises(InputError, match=r"nowhere.yaml.*does not exist"):
         load_settings(tmp_path / "nowhere.yaml")
 
 

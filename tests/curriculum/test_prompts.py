@@ -73,7 +73,7 @@ def test_other_templates_and_tokenizers_without_one_are_used_as_they_are(tiny):
 
 @pytest.mark.parametrize("template", ["Hello", "{% for m in messages %}{{ m['content'] * 2 }}{% endfor %}"])
 def test_a_template_that_does_not_show_the_history_once_is_an_input_error(tiny, template):
-    with pytest.raises(InputError, match="chat_template.*exactly once"):
+    with pytest.raises(InputError, match=r"chat_template.*exactly once"):
         builder_with_template(tiny, template)
 
 

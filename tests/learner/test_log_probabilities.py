@@ -1,4 +1,4 @@
-"""Log-probabilities over allowed sets against a slow reading: one response at a time, full logits, one token at a time."""
+"""Log-probabilities over allowed sets against a slow reading: a response at a time, full logits, a token at a time."""
 
 import numpy as np
 import pytest

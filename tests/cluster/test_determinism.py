@@ -1,0 +1,113 @@
+"""The same input, settings and seed give the same split and index; a stage runs again where its inputs changed."""
+
+import json
+
+import pytest
+from small_tables import interactions_table, items_table, write_tables
+
+from cluster.pipeline import STAGES, fingerprint, is_current, read_data, run_stages
+from cluster.settings import load_settings
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Settings of one small run folder, with overrides."""
+    folder = tmp_path_factory.mktemp("determinism")
+    overrides = [*write_tables(folder / "data"), f"run_folder={folder / 'run'}"]
+    return lambda *more: load_settings(None, [*overrides, *more])
+
+
+def made(settings):
+    """What the index and corpus stages say of their output, and their files byte by byte."""
+    run_stages(settings, ["index", "corpus"])
+    summaries = [
+        json.loads((settings.folder / name / "stage.json").read_text())["summary"] for name in ("index", "corpus")
+    ]
+    files = {
+        str(file.relative_to(settings.folder)): file.read_bytes()
+        for name in ("index", "corpus")
+        for file in sorted((settings.folder / name).rglob("*"))
+        if file.is_file() and file.name != "stage.json"
+    }
+    return summaries[0]["version"], summaries[1]["split_fingerprint"], files
+
+
+def test_a_seed_fixes_split_and_index_and_another_seed_gives_others(run):
+    version, split, files = made(run())
+    other_version, other_split, other_files = made(run("seed=1"))
+    assert other_version != version
+    assert other_split != split
+    assert other_files.keys() == files.keys()
+    assert made(run()) == (version, split, files)
+
+
+def test_the_order_of_rows_in_the_files_does_not_show(run, tmp_path):
+    backwards = {name: values[::-1] for name, values in interactions_table().items()}
+    overrides = write_tables(tmp_path, interactions=backwards)
+    fingerprints = {read_data(settings)[1].fingerprint() for settings in (run(), load_settings(None, overrides))}
+    assert len(fingerprints) == 1
+
+
+def test_a_finished_stage_is_current_until_something_it_depends_on_changes(run):
+    settings = run()
+    run_stages(settings, ["index", "corpus"])
+    assert is_current(settings, "index")
+    assert is_current(settings, "corpus")
+    assert not is_current(settings, "sft")
+    # What a stage does not read does not matter to it.
+    for override in ("train.steps=3", "sft.passes=9", "cluster.threads=1", "tracking.experiment=other"):
+        assert is_current(run(override), "corpus"), override
+    assert is_current(run("corpus.rl_holdout=0.2"), "index")
+    assert not is_current(run("corpus.rl_holdout=0.2"), "corpus")
+    # What an earlier stage reads matters to all after it.
+    for override in ("seed=1", "index.level_sizes=[4,2,2]", "data.minimum_interactions=4"):
+        assert not is_current(run(override), "index"), override
+        assert not is_current(run(override), "corpus"), override
+
+
+def test_a_changed_data_file_makes_every_stage_stale(tmp_path):
+    settings = load_settings(None, [*write_tables(tmp_path / "data"), f"run_folder={tmp_path / 'run'}"])
+    before = {name: fingerprint(settings, name) for name in STAGES}
+    folder = settings.folder / "index"
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text(json.dumps({"fingerprint": before["index"]}))
+    assert is_current(settings, "index")
+
+    items = items_table()
+    items["title"][5] = "Tale with another name"
+    write_tables(tmp_path / "data", items=items)
+    assert not is_current(settings, "index")
+    after = {name: fingerprint(settings, name) for name in STAGES}
+    assert all(before[name] != after[name] for name in STAGES)
+
+    write_tables(tmp_path / "data")
+    assert is_current(settings, "index"), "the same bytes again"
+
+
+def test_the_fingerprint_of_a_stage_follows_its_own_settings(run):
+    own = {
+        "index": "index.balanced=true", "corpus": "corpus.minimum_history=5", "sft": "model.layers=2",
+        "train": "train.objective.clip_high=0.3", "evaluate": "evaluation.chains=2",
+    }  # fmt: skip
+    assert own.keys() == STAGES.keys()
+    order = list(STAGES)
+    for name, override in own.items():
+        for other in STAGES:
+            changed = fingerprint(run(override), other) != fingerprint(run(), other)
+            assert changed == (order.index(other) >= order.index(name)), (override, other)
+
+
+def test_a_stage_that_failed_is_not_current(run, tmp_path):
+    settings = load_settings(
+        None, [*write_tables(tmp_path), f"run_folder={run().run_folder}", "corpus.history_items=5"]
+    )
+    run_stages(settings, ["index"])
+    run_stages(settings, ["corpus"])
+    broken = load_settings(
+        None,
+        [*write_tables(tmp_path), f"run_folder={run().run_folder}", f"model.checkpoint={tmp_path / 'nowhere'}"],
+    )
+    with pytest.raises(ValueError, match="nowhere"):
+        run_stages(broken, ["corpus"])
+    assert not is_current(settings, "corpus")
+    assert not is_current(broken, "corpus")
