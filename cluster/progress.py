@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(soft_wrap=True)
+# A table must not lose digits in a log file, where rich would assume 80 columns.
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 class Bar:
