@@ -60,12 +60,12 @@ def items_in(row, tiny):
 
 
 def windows_of(sequences, user, held_out, builder, seed):
-    """Direct windows of one user alone."""
-    one = UserSequences(
-        (0,), np.array([0, len(sequences.sequence(user))]), sequences.sequence(user), sequences.timestamps
-    )
+    """Direct windows of one user, behind another one whose only train item gives no window."""
     start, end = sequences.offsets_U1[user], sequences.offsets_U1[user + 1]
-    return list(direct_windows(one, held_out[start:end], builder, generator=np.random.default_rng(seed)))
+    items = np.concatenate([[0, 1, 2], sequences.sequence(user)])
+    two = UserSequences((0, 1), np.array([0, 3, len(items)]), items, np.arange(len(items)))
+    marks = np.concatenate([[True] * 3, held_out[start:end]])
+    return list(direct_windows(two, marks, builder, generator=np.random.default_rng(seed)))
 
 
 @pytest.mark.parametrize("seed", range(6))
