@@ -7,6 +7,7 @@ tokenizer in `additional_config["gream"]`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from item_index.constraint import MODES, AnswerConstraint, ConstraintStates
+from item_index.exclusion import ExcludedItems
 from item_index.semantic_ids import SemanticIdIndex
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ class ItemConstraintProcessor(LogitsProcessor):
         self.states: ConstraintStates = self.constraint.start(
             ["direct"] * capacity, [self.constraint.trie.depth + 1] * capacity
         )
-        self.states.excluded_counts = np.zeros((capacity, self.constraint.trie.nodes), dtype=np.int32)
+        self.excluded_of_slot: list[Sequence[int]] = [()] * capacity
         self.free_slots: list[int] = list(range(capacity))
         self.forbidden_in_free_text = torch.from_numpy(~self.constraint.free_text_masks).to(device)
 
@@ -102,12 +104,12 @@ class ItemConstraintProcessor(LogitsProcessor):
         start = self.constraint.start([request.mode], [request.budget], [request.excluded])
         for name in ("phase", "node", "remaining", "reasoning", "forced"):
             getattr(self.states, name)[slot] = getattr(start, name)[0]
-        self.states.exclusion[slot] = slot if len(start.excluded_counts) else -1
-        if len(start.excluded_counts):
-            self.states.excluded_counts[slot] = start.excluded_counts[0]
+        self.excluded_of_slot[slot] = request.excluded
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self.requests, batch_update, self._add)
+        if batch_update is not None and batch_update.added:
+            self.states.excluded = ExcludedItems.of(self.constraint.trie, self.excluded_of_slot)
 
     def _catch_up(self) -> None:
         """Consume the tokens that were sampled since the last call, one step for all requests at a time."""

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -69,7 +70,7 @@ def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
         table.add_column(column, justify="right")
     summary: dict[str, Any] = {"version": index.version, "items": len(index)}
     for level in range(index.levels):
-        degrees = trie.child_count[trie.level == level]
+        degrees = np.diff(trie.child_start[trie.level_start[level] : trie.level_start[level + 1] + 1])
         degrees = degrees[degrees > 0]
         single = float((degrees == 1).mean())
         table.add_row(str(level + 1), str(len(degrees)), f"{degrees.mean():.2f}", f"{single:.2f}")

@@ -14,7 +14,8 @@ import torch
 from transformers import DynamicCache
 
 from item_index.constraint import AnswerConstraint
-from item_index.trie import NO_ITEM, ROOT
+from item_index.exclusion import ExcludedItems
+from item_index.trie import NO_ITEM, NO_NODE, ROOT, ItemTrie
 
 NEVER = float("-inf")
 
@@ -54,20 +55,13 @@ def beam_search(
     ).last_hidden_state
     hidden_UWH = hidden[torch.arange(users), lengths - 1][:, None]
     head_VH = language_model.get_output_embeddings().weight
-    seen = np.stack([trie.excluded_below(np.unique(items)) for items in excluded])
-    open_nodes = torch.from_numpy(trie.items_below[None, :] > seen)  # [U, nodes]
-    child_count, child_start = (torch.from_numpy(a.astype(np.int64)) for a in (trie.child_count, trie.child_start))
-    item_of_node = torch.from_numpy(trie.item.astype(np.int64))
-    blocked_items = torch.zeros(users, trie.items, dtype=torch.bool)
-    for user, items in enumerate(excluded):
-        blocked_items[user, torch.from_numpy(np.asarray(items, dtype=np.int64))] = True
+    seen = ExcludedItems.of(trie, excluded)
 
     nodes = torch.full((users, 1), ROOT)
     scores = torch.zeros(users, 1)
     final_scores = torch.full((users, width), NEVER)
     final_items = torch.full((users, width), NO_ITEM)
     ancestors = torch.zeros(users, 1, 0, dtype=torch.bool)
-    user_index = torch.arange(users)[:, None]
     for level, level_tokens in enumerate(tokens.code_tokens):
         alive = torch.isfinite(scores)
         if not bool(alive.any()):
@@ -76,24 +70,22 @@ def beam_search(
         columns = torch.cat([torch.from_numpy(level_tokens), torch.tensor([terminator])])
         logits = (hidden_UWH @ head_VH[columns].T).float()
         codes = len(level_tokens)
-        child_rows, child_nodes = _children(nodes, alive, child_start, child_count)
-        table = torch.full((nodes.numel(), codes), -1)
-        table[child_rows, torch.from_numpy(trie.code.astype(np.int64))[child_nodes]] = child_nodes
-        table = table.view(*nodes.shape, codes)
-        ends = (item_of_node[nodes] != NO_ITEM) & alive
+        table, open_ = _child_tables(trie, seen, nodes.numpy(), alive.numpy(), codes)
+        items_here = torch.from_numpy(trie.item(nodes.numpy()))
+        ends = (items_here != NO_ITEM) & alive
         permitted = torch.cat([table >= 0, ends[..., None]], dim=-1)
         log_p = logits.masked_fill(~permitted, NEVER)
         log_p = torch.where(permitted, log_p - log_p.logsumexp(dim=-1, keepdim=True), NEVER) + scores[..., None]
 
-        end_items = torch.where(ends, item_of_node[nodes], NO_ITEM)
-        end_scores = torch.where(ends & ~_blocked(blocked_items, end_items), log_p[..., -1], NEVER)
-        child_scores = torch.where((table >= 0) & open_nodes[user_index[..., None], table.clamp(min=0)],
-                                   log_p[..., :-1], NEVER).flatten(1)  # fmt: skip
+        end_items = torch.where(ends, items_here, NO_ITEM)
+        seen_here = torch.from_numpy(seen.holds_item_at(trie, np.arange(users)[:, None], nodes.numpy()))
+        end_scores = torch.where(ends & ~seen_here, log_p[..., -1], NEVER)
+        child_scores = torch.where(open_, log_p[..., :-1], NEVER).flatten(1)
         scores, chosen = child_scores.topk(min(width, child_scores.shape[1]), dim=1)
         nodes = torch.where(torch.isfinite(scores), table.flatten(1).gather(1, chosen), ROOT)
         # An item without further children ends here with certainty.
-        leaf = (child_count[nodes] == 0) & torch.isfinite(scores)
-        leaf_items = torch.where(leaf, item_of_node[nodes], NO_ITEM)
+        leaf = torch.from_numpy(trie.child_count(nodes.numpy()) == 0) & torch.isfinite(scores)
+        leaf_items = torch.where(leaf, torch.from_numpy(trie.item(nodes.numpy())), NO_ITEM)
         pool_scores = torch.cat([final_scores, end_scores, torch.where(leaf, scores, NEVER)], dim=1)
         pool_items = torch.cat([final_items, end_items, leaf_items], dim=1)
         final_scores, kept = pool_scores.topk(width, dim=1)
@@ -118,19 +110,19 @@ def beam_search(
     return final_items.numpy().astype(np.int32), final_scores.numpy()
 
 
-def _blocked(blocked_items: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    return blocked_items.gather(1, items.clamp(min=0)) & (items != NO_ITEM)
-
-
-def _children(
-    nodes: torch.Tensor, alive: torch.Tensor, child_start: torch.Tensor, child_count: torch.Tensor
+def _child_tables(
+    trie: ItemTrie, seen: ExcludedItems, nodes_UW: np.ndarray, alive_UW: np.ndarray, codes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat (row of the flattened nodes, child node) of all children of the beams that are alive."""
-    flat = nodes.flatten()
-    counts = child_count[flat] * alive.flatten()
-    rows = torch.repeat_interleave(torch.arange(len(flat)), counts)
-    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return rows, child_start[flat[rows]] + torch.arange(len(rows)) - first
+    """Child node by code, int64 [U, W, codes] (-1 where there is none), and whether an unseen item lies there."""
+    beams = np.flatnonzero(alive_UW)
+    child_nodes, offsets = trie.children(nodes_UW.reshape(-1)[beams])
+    child_beams = np.repeat(beams, np.diff(offsets))
+    table = np.full((nodes_UW.size, codes), NO_NODE, dtype=np.int64)
+    table[child_beams, trie.code[child_nodes]] = child_nodes
+    open_ = np.zeros(table.shape, dtype=bool)
+    open_[child_beams, trie.code[child_nodes]] = seen.open(trie, child_beams // nodes_UW.shape[1], child_nodes)
+    shape = (*nodes_UW.shape, codes)
+    return torch.from_numpy(table.reshape(shape)), torch.from_numpy(open_.reshape(shape))
 
 
 def merge_chains(

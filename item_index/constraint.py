@@ -22,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 
+from item_index.exclusion import ExcludedItems
 from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from item_index.tokens import SemanticIdTokens, Tokenizer
@@ -53,8 +54,8 @@ class ConstraintStates:
         remaining: int64 [B], tokens that may still be generated.
         reasoning: bool [B], the mode.
         forced: bool [B], whether the closing had to be forced by the budget so far.
-        exclusion: int64 [B], row of `excluded_counts`, -1 where nothing is excluded.
-        excluded_counts: int32 [exclusions, nodes], excluded items at or below each node.
+        exclusion: int64 [B], row of `excluded`.
+        excluded: items that must not be answered.
     """
 
     phase: np.ndarray
@@ -63,13 +64,13 @@ class ConstraintStates:
     reasoning: np.ndarray
     forced: np.ndarray
     exclusion: np.ndarray
-    excluded_counts: np.ndarray
+    excluded: ExcludedItems
 
     def select(self, rows: np.ndarray) -> ConstraintStates:
-        """The states of some rows (copies; the exclusion table is shared)."""
+        """The states of some rows (copies; the excluded items are shared)."""
         return ConstraintStates(
             self.phase[rows], self.node[rows], self.remaining[rows], self.reasoning[rows], self.forced[rows],
-            self.exclusion[rows], self.excluded_counts,
+            self.exclusion[rows], self.excluded,
         )  # fmt: skip
 
     def put(self, rows: np.ndarray, states: ConstraintStates) -> None:
@@ -153,13 +154,17 @@ class AnswerConstraint:
         return masks
 
     @cached_property
-    def node_token(self) -> np.ndarray:
-        """int64 [nodes]: the token of the edge into each node (-1 for the root)."""
-        token = np.full(self.trie.nodes, -1, dtype=np.int64)
-        for level, code_tokens in enumerate(self.tokens.code_tokens):
-            at = np.nonzero(self.trie.level == level + 1)[0]
-            token[at] = code_tokens[self.trie.code[at]]
-        return token
+    def _token_table(self) -> np.ndarray:
+        """int64 [levels, largest level]: token of each level's code, -1 beyond a level's size."""
+        code_tokens = self.tokens.code_tokens
+        table = np.full((len(code_tokens), max(len(tokens) for tokens in code_tokens)), -1, dtype=np.int64)
+        for level, tokens in enumerate(code_tokens):
+            table[level, : len(tokens)] = tokens
+        return table
+
+    def node_token(self, nodes: np.ndarray) -> np.ndarray:
+        """int64 [B]: the token of the edge into each node, which must not be the root."""
+        return self._token_table[self.trie.level(nodes) - 1, self.trie.code[nodes]]
 
     def start(
         self,
@@ -180,34 +185,27 @@ class AnswerConstraint:
                     f"allow at least {self.minimum_budget(mode)}"
                 )
         reasoning = np.array([mode == "reasoning" for mode in modes], dtype=bool)
-        exclusion = np.full(len(modes), -1, dtype=np.int64)
-        tables: list[np.ndarray] = []
-        for row, items in enumerate(excluded or ()):
-            if items is None or len(items) == 0:
-                continue
-            distinct = np.unique(np.asarray(items, dtype=np.int64))
-            if len(distinct) >= self.trie.items:
-                raise ValueError(f"response {row}: all {self.trie.items} items are excluded; nothing can be answered")
-            exclusion[row] = len(tables)
-            tables.append(self.trie.excluded_below(distinct))
+        excluded_items = ExcludedItems.of(self.trie, excluded or ())
+        every_row = np.arange(len(modes), dtype=np.int64)
+        full = np.flatnonzero(~excluded_items.open(self.trie, every_row, np.full(len(modes), ROOT)))
+        if full.size:
+            raise ValueError(f"response {full[0]}: all {self.trie.items} items are excluded; nothing can be answered")
         return ConstraintStates(
             phase=np.where(reasoning, Phase.THINK, Phase.ANSWER).astype(np.int8),
             node=np.full(len(modes), ROOT, dtype=np.int64),
             remaining=np.asarray(budgets, dtype=np.int64).copy(),
             reasoning=reasoning,
             forced=np.zeros(len(modes), dtype=bool),
-            exclusion=exclusion,
-            excluded_counts=np.stack(tables) if tables else np.zeros((0, self.trie.nodes), dtype=np.int32),
+            exclusion=every_row,
+            excluded=excluded_items,
         )
 
     def _open(self, states: ConstraintStates, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         """bool [len(rows)]: whether an item that may be answered lies at or below the node."""
-        exclusion = states.exclusion[rows]
-        limited = (exclusion >= 0) & (states.phase[rows] == Phase.ANSWER)
         open_ = np.ones(len(rows), dtype=bool)
-        open_[limited] = (
-            self.trie.items_below[nodes[limited]] > states.excluded_counts[exclusion[limited], nodes[limited]]
-        )
+        if len(states.excluded):
+            limited = states.phase[rows] == Phase.ANSWER
+            open_[limited] = states.excluded.open(self.trie, states.exclusion[rows[limited]], nodes[limited])
         return open_
 
     def _forced(self, states: ConstraintStates) -> np.ndarray:
@@ -220,7 +218,7 @@ class AnswerConstraint:
         phase, node = states.phase, states.node
         free_phase = phase <= Phase.REWRITE
         forced = self._forced(states)
-        has_item = trie.item[node] != NO_ITEM
+        has_item = trie.item(node) != NO_ITEM
         at_boundary = free_phase & ((node == ROOT) | has_item)
 
         # Children in the trie: everywhere inside a semantic ID, and at the root of an answer.
@@ -235,29 +233,18 @@ class AnswerConstraint:
         closing = np.full(len(phase), -1, dtype=np.int64)
         closing[(phase == Phase.CLOSED) | (phase == Phase.DONE)] = tokens.end_of_sequence
         answered = np.nonzero((phase == Phase.ANSWER) & has_item)[0]
-        if states.excluded_counts.size:
-            answered = answered[~self._item_excluded(states, answered)]
+        answered = answered[~states.excluded.holds_item_at(trie, states.exclusion[answered], node[answered])]
         closing[answered] = np.where(states.reasoning[answered], tokens.answer_close, tokens.end_of_sequence)
         ends = forced & at_boundary
         closing[ends] = np.where(phase[ends] == Phase.THINK, tokens.think_close, tokens.answer_open)
 
         closing_rows = np.nonzero(closing >= 0)[0]
         all_rows = np.concatenate([child_rows, closing_rows])
-        listed = np.concatenate([self.node_token[child_nodes], closing[closing_rows]])
+        listed = np.concatenate([self.node_token(child_nodes), closing[closing_rows]])
         order = np.argsort(all_rows, kind="stable")
         counts = np.bincount(all_rows, minlength=len(phase))
         free_text = np.where(at_boundary & ~forced, phase, -1).astype(np.int8)
         return AllowedTokens(free_text, RaggedArray(listed[order], np.concatenate([[0], np.cumsum(counts)])))
-
-    def _item_excluded(self, states: ConstraintStates, rows: np.ndarray) -> np.ndarray:
-        """bool [len(rows)]: whether the very item that ends at the state's node is excluded."""
-        node, exclusion = states.node[rows], states.exclusion[rows]
-        excluded = np.zeros(len(rows), dtype=bool)
-        for place in np.nonzero(exclusion >= 0)[0]:
-            counts = states.excluded_counts[exclusion[place]]
-            start, stop = self.trie.child_start[node[place]], self.trie.child_start[node[place] + 1]
-            excluded[place] = counts[node[place]] > counts[start:stop].sum()
-        return excluded
 
     def advance(self, states: ConstraintStates, next_tokens: np.ndarray) -> None:
         """Take one token in every state, in place. Raises ConstraintViolation for a token that is not allowed."""
@@ -269,11 +256,11 @@ class AnswerConstraint:
         level, code = tokens.level_of_token[next_tokens], tokens.code_of_token[next_tokens]
         free_phase = phase <= Phase.REWRITE
         forced = self._forced(states)
-        has_item = trie.item[node] != NO_ITEM
+        has_item = trie.item(node) != NO_ITEM
         states.forced |= forced
 
         # A semantic-ID token goes down from the open node, or opens a new one where free text may go on.
-        child = trie.step(node, np.where(level == trie.level[node], code, -1))
+        child = trie.step(node, np.where(level == trie.level(node), code, -1))
         reopened = trie.step(np.full(len(node), ROOT), np.where(level == 0, code, -1))
         into = np.where((child == NO_NODE) & free_phase & has_item, reopened, child)
         into = np.where(phase >= Phase.CLOSED, NO_NODE, into)
@@ -287,9 +274,8 @@ class AnswerConstraint:
         answer_opens = at_boundary & (phase == Phase.REWRITE) & (next_tokens == tokens.answer_open)
         terminator = np.where(states.reasoning, tokens.answer_close, tokens.end_of_sequence)
         answer_ends = (phase == Phase.ANSWER) & has_item & (next_tokens == terminator)
-        if states.excluded_counts.size and answer_ends.any():
-            rows = np.nonzero(answer_ends)[0]
-            answer_ends[rows] = ~self._item_excluded(states, rows)
+        rows = np.nonzero(answer_ends)[0]
+        answer_ends[rows] = ~states.excluded.holds_item_at(trie, states.exclusion[rows], node[rows])
         finishes = (phase >= Phase.CLOSED) & (next_tokens == tokens.end_of_sequence)
 
         legal = down | plain | think_closes | answer_opens | answer_ends | finishes

@@ -44,7 +44,8 @@ def prompts(tiny):
 def test_a_beam_as_wide_as_the_catalogue_ranks_as_enumeration_does(tiny, prompts, end):
     terminator = getattr(tiny.constraint.tokens, end)
     trie = tiny.constraint.trie
-    assert trie.child_count[trie.leaf[[5, 9]]].tolist() == [2, 2], "items that begin others belong into this test"
+    ends = trie.walk(tiny.index.codes_IL[[5, 9]], tiny.index.lengths_I[[5, 9]])
+    assert trie.child_count(ends).tolist() == [2, 2], "items that begin others belong into this test"
     items, scores = beam_search(
         tiny.model, tiny.constraint, prompts, [[]] * len(prompts), width=len(tiny.index) + 5, terminator=terminator
     )
