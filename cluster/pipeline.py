@@ -28,7 +28,6 @@ from item_index.quantizer import ResidualKMeans
 from item_index.semantic_ids import SemanticIdIndex, assign_semantic_ids
 from item_index.text import item_texts
 from item_index.tokens import SemanticIdTokens
-from item_index.trie import ItemTrie
 
 SINGLE_CHILD_WARNING = 0.5
 
@@ -62,7 +61,7 @@ def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
         spare_collision_codes=wanted.spare_collision_codes, codebooks=quantizer.codebooks,
     )  # fmt: skip
     index.save(folder)
-    trie = ItemTrie.build(index.codes_IL, index.lengths_I)
+    trie = index.trie
     table = Table(
         title=f"index {index.version}: {len(index)} items, {int((index.lengths_I > index.levels).sum())} colliding"
     )

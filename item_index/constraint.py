@@ -124,8 +124,7 @@ class AnswerConstraint:
     ) -> AnswerConstraint:
         """The automaton of an index for a checkpoint's tokenizer; `vocabulary_size` counts the rows of its output head.
         Raises InputError when the tokenizer lacks tokens of the index."""
-        trie = ItemTrie.build(index.codes_IL, index.lengths_I)
-        return cls(trie, SemanticIdTokens.of(tokenizer, index, vocabulary_size=vocabulary_size))
+        return cls(index.trie, SemanticIdTokens.of(tokenizer, index, vocabulary_size=vocabulary_size))
 
     @cached_property
     def closing_length(self) -> int:

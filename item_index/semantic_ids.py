@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ import pyarrow.parquet as pq
 import safetensors.numpy
 
 from item_index.input_error import InputError
+from item_index.trie import ItemTrie
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PADDING = -1
 LEVEL_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-CODES_FILE, CODEBOOKS_FILE, MANIFEST_FILE = "semantic_ids.parquet", "codebooks.safetensors", "manifest.json"
+CODES_FILE, CODEBOOKS_FILE, TRIE_FILE = "semantic_ids.parquet", "codebooks.safetensors", "trie.safetensors"
+MANIFEST_FILE, CURRENT_FILE, VERSIONS_FOLDER = "manifest.json", "current.json", "versions"
 _REMEDY = "Copy the folder again, or run the index stage anew."
 
 
@@ -37,6 +39,8 @@ class SemanticIdIndex:
         level_sizes: codes of each of the H residual levels.
         collision_size: collision codes that have a token, used and spare.
         codebooks: per level, float32 [K_l, D], to encode newcomers with; None where the codes came from elsewhere.
+        retired_ids: ids of items that left the catalogue; their semantic IDs are never given to another item.
+        retired_codes_RL, retired_lengths_R: int32 [retired, depth] and [retired], as for the items.
     """
 
     item_ids: tuple[str | int, ...]
@@ -45,6 +49,9 @@ class SemanticIdIndex:
     level_sizes: tuple[int, ...]
     collision_size: int
     codebooks: tuple[np.ndarray, ...] | None = None
+    retired_ids: tuple[str | int, ...] = ()
+    retired_codes_RL: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int32))
+    retired_lengths_R: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
     def __post_init__(self) -> None:
         if len(self.level_sizes) >= len(LEVEL_LETTERS):
@@ -81,11 +88,16 @@ class SemanticIdIndex:
 
     @cached_property
     def version(self) -> str:
-        """First 16 hex digits of a SHA-256 over ids, codes and sizes: the same content has the same version."""
+        """First 16 hex digits of a SHA-256 over ids, codes and sizes, those of retired items too: the same content has
+        the same version."""
         head = {"item_ids": self.item_ids, "level_sizes": self.level_sizes, "collision_size": self.collision_size}
         digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
         digest.update(self.lengths_I.astype("<i4").tobytes())
         digest.update(self.codes_IL.astype("<i4").tobytes())
+        if self.retired_ids:
+            digest.update(json.dumps(self.retired_ids, separators=(",", ":")).encode())
+            digest.update(self.retired_lengths_R.astype("<i4").tobytes())
+            digest.update(self.retired_codes_RL.astype("<i4").tobytes())
         return digest.hexdigest()[:16]
 
     def token(self, level: int, code: int) -> str:
@@ -104,19 +116,39 @@ class SemanticIdIndex:
         """The item's tokens, one after the other."""
         return "".join(self.token(level, int(self.codes_IL[row, level])) for level in range(self.lengths_I[row]))
 
+    @cached_property
+    def trie(self) -> ItemTrie:
+        """The trie of all items; mapped from its file where the index was loaded from a folder."""
+        return ItemTrie.build(self.codes_IL, self.lengths_I)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the index into a local folder; the manifest, with the hash of every other file, is written last."""
-        target = Path(folder)
+        """Write this version into `folder/versions/<version>` and then make it the current one.
+
+        Earlier versions stay, so that what was recorded under them can still be read. A write that is cut short leaves
+        the current version as it was: the manifest, with the hash of every other file, comes last, and the file that
+        names the current version is replaced in one move.
+        """
+        target = Path(folder) / VERSIONS_FOLDER / self.version
         target.mkdir(parents=True, exist_ok=True)
-        # A folder whose writing was cut short has no manifest, so it cannot be taken for an index.
         (target / MANIFEST_FILE).unlink(missing_ok=True)
-        codes = [row[:length].tolist() for row, length in zip(self.codes_IL, self.lengths_I, strict=True)]
-        columns = {"item_id": pa.array(self.item_ids), "codes": pa.array(codes, pa.list_(pa.int32()))}
+        for name in (CODES_FILE, CODEBOOKS_FILE, TRIE_FILE):
+            (target / name).unlink(missing_ok=True)  # a process may still have the old one mapped
+        retired = len(self.retired_ids)
+        codes, lengths = self.codes_IL, self.lengths_I
+        if retired:
+            codes, lengths = np.concatenate([codes, self.retired_codes_RL]), np.r_[lengths, self.retired_lengths_R]
+        columns = {
+            "item_id": pa.array([*self.item_ids, *self.retired_ids]),
+            "codes": pa.ListArray.from_arrays(
+                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+                codes[np.arange(self.depth) < lengths[:, None]],
+            ),
+            "retired": pa.array(np.arange(len(lengths)) >= len(self)),
+        }
         pq.write_table(pa.table(columns), target / CODES_FILE)
-        names = [CODES_FILE]
-        if self.codebooks is None:
-            (target / CODEBOOKS_FILE).unlink(missing_ok=True)
-        else:
+        self.trie.save(target / TRIE_FILE)
+        names = [CODES_FILE, TRIE_FILE]
+        if self.codebooks is not None:
             tensors = {f"level_{level}": np.ascontiguousarray(book) for level, book in enumerate(self.codebooks)}
             safetensors.numpy.save_file(tensors, target / CODEBOOKS_FILE)
             names.append(CODEBOOKS_FILE)
@@ -124,17 +156,47 @@ class SemanticIdIndex:
             "format_version": FORMAT_VERSION,
             "version": self.version,
             "items": len(self),
+            "retired": retired,
             "level_sizes": list(self.level_sizes),
             "collision_size": self.collision_size,
             "sha256": {name: _sha256(target / name) for name in names},
         }
-        (target / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _write_json(target / MANIFEST_FILE, manifest)
+        _write_json(Path(folder) / CURRENT_FILE, {"version": self.version})
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> SemanticIdIndex:
-        """Read what `save` wrote; raises InputError that names the file which is missing or does not match."""
-        source = Path(folder)
-        manifest = _read_manifest(source / MANIFEST_FILE)
+    def load(cls, folder: str | os.PathLike[str], *, version: str | None = None) -> SemanticIdIndex:
+        """Read the current version of an index folder, or the one that is named (that of a recorded rollout, say).
+
+        Raises InputError that names the file which is missing or does not match, or the versions that are there.
+        """
+        if version is None:
+            current = _read_json(Path(folder) / CURRENT_FILE, "the folder holds no index", "Run the index stage first.")
+            version = str(current.get("version"))
+        source = Path(folder) / VERSIONS_FOLDER / version
+        if not source.is_dir():
+            known = sorted(path.parent.name for path in source.parent.glob(f"*/{MANIFEST_FILE}"))
+            raise InputError(
+                f"there is no index version {version} here, only {', '.join(known) or 'none'}",
+                file=folder,
+                field="version",
+                remedy="Copy that version's folder here, or use the index that the data was made with.",
+            )
+        manifest = _read_json(source / MANIFEST_FILE, "the version's manifest is missing", _REMEDY)
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                f"format version {manifest.get('format_version')}, and this release reads {FORMAT_VERSION}",
+                file=source / MANIFEST_FILE,
+                field="format_version",
+                remedy="Run the index stage anew, or use the release that wrote the index.",
+            )
+        missing = {"version", "level_sizes", "collision_size", "sha256"} - set(manifest)
+        if missing or not {CODES_FILE, TRIE_FILE} <= set(manifest["sha256"]):
+            raise InputError(
+                f"the manifest lacks {', '.join(sorted(missing)) or 'the hash of a file'}",
+                file=source / MANIFEST_FILE,
+                remedy=_REMEDY,
+            )
         for name, expected in manifest["sha256"].items():
             if not (source / name).is_file():
                 raise InputError("the index lacks this file", file=source / name, remedy=_REMEDY)
@@ -143,30 +205,37 @@ class SemanticIdIndex:
                     "the content does not match the manifest's SHA-256", file=source / name, remedy=_REMEDY
                 )
         table = pq.read_table(source / CODES_FILE)
-        rows = table.column("codes").to_pylist()
+        lists = table.column("codes").combine_chunks()
         level_sizes = tuple(manifest["level_sizes"])
-        lengths_I = np.array([len(row) for row in rows], dtype=np.int32)
-        codes_IL = np.full((len(rows), int(lengths_I.max(initial=len(level_sizes)))), PADDING, dtype=np.int32)
-        codes_IL[np.arange(codes_IL.shape[1]) < lengths_I[:, None]] = [code for row in rows for code in row]
+        lengths = np.diff(lists.offsets.to_numpy()).astype(np.int32)
+        codes = np.full((len(lengths), int(lengths.max(initial=len(level_sizes)))), PADDING, dtype=np.int32)
+        codes[np.arange(codes.shape[1]) < lengths[:, None]] = lists.flatten().to_numpy(zero_copy_only=False)
+        item_ids = table.column("item_id").to_pylist()
         codebooks = None
         if CODEBOOKS_FILE in manifest["sha256"]:
             tensors = safetensors.numpy.load_file(source / CODEBOOKS_FILE)
             codebooks = tuple(tensors[f"level_{level}"] for level in range(len(level_sizes)))
+        items = int(np.count_nonzero(~table.column("retired").to_numpy()))
         index = cls(
-            item_ids=tuple(table.column("item_id").to_pylist()),
-            codes_IL=codes_IL,
-            lengths_I=lengths_I,
+            item_ids=tuple(item_ids[:items]),
+            codes_IL=codes[:items],
+            lengths_I=lengths[:items],
             level_sizes=level_sizes,
             collision_size=manifest["collision_size"],
             codebooks=codebooks,
+            retired_ids=tuple(item_ids[items:]),
+            retired_codes_RL=codes[items:],
+            retired_lengths_R=lengths[items:],
         )
-        if index.version != manifest["version"]:
+        if not index.version == manifest["version"] == version:
             raise InputError(
-                f"the content is version {index.version}, the manifest says {manifest['version']}",
+                f"the content is version {index.version}, the manifest says {manifest['version']}, "
+                f"the folder {version}",
                 file=source / MANIFEST_FILE,
                 field="version",
                 remedy=_REMEDY,
             )
+        vars(index)["trie"] = ItemTrie.load(source / TRIE_FILE)
         return index
 
 
@@ -221,18 +290,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """In one move, so that no reader finds half a file."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def _read_json(path: Path, missing: str, remedy: str) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError("the folder holds no index manifest", file=path, remedy="Run the index stage first.")
+        raise InputError(missing, file=path, remedy=remedy)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"the manifest is not JSON ({error})", file=path, remedy=_REMEDY) from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"format version {manifest.get('format_version')}, and this release reads {FORMAT_VERSION}",
-            file=path,
-            field="format_version",
-            remedy="Run the index stage anew, or use the release that wrote the index.",
-        )
-    return manifest
+        raise InputError(f"the file is not JSON ({error})", file=path, remedy=_REMEDY) from error
+    if not isinstance(content, dict):
+        raise InputError("the file does not hold a JSON object", file=path, remedy=_REMEDY)
+    return content

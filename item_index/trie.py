@@ -249,7 +249,7 @@ def _checked(codes: np.ndarray, lengths: np.ndarray | None) -> tuple[np.ndarray,
         if lengths.min() == depth:
             lengths = None
     for level in range(depth):
-        negative = codes[:, level] < 0 if lengths is None else (codes[:, level] < 0) & (lengths > level)
+        negative = (codes[:, level] < 0) & (True if lengths is None else lengths > level)
         if negative.any():
             row = int(np.flatnonzero(negative)[0])
             raise ValueError(f"item row {row} has a negative code: {codes[row].tolist()}")
@@ -280,7 +280,7 @@ class _Sorted:
         largest_code = 0
         for level in range(depth):
             padded = int(level >= shortest)
-            used = codes[:, level] if not padded else codes[lengths > level, level]
+            used = codes[:, level] if lengths is None or not padded else codes[lengths > level, level]
             largest = int(used.max(initial=0))
             largest_code = max(largest_code, largest)
             bits = max(1, (largest + padded).bit_length())
@@ -296,7 +296,7 @@ class _Sorted:
             for level, bits, padded in group:
                 shift -= bits
                 field = codes[:, level].astype(np.uint64)
-                if padded:
+                if lengths is not None and padded:
                     field += np.uint64(1)
                     field[lengths <= level] = 0
                 key |= field << np.uint64(shift)

@@ -8,9 +8,14 @@ from actors.rollout import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)
 
+import hypothesis
 import pytest
 import ray
 from tiny import make_tiny
+
+# Machines are shared: how long one example takes says nothing.
+hypothesis.settings.register_profile("gream", deadline=None)
+hypothesis.settings.load_profile("gream")
 
 
 @pytest.fixture(scope="session")

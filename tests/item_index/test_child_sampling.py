@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from item_index.child_sampling import ChildSampler, NothingAllowed
@@ -39,7 +39,6 @@ def expected_distribution(rows, prefix, excluded, logits, code_tokens, *, termin
     return dict(zip(allowed, weights / weights.sum(), strict=True))
 
 
-@settings(deadline=None)
 @given(ROWS, st.integers(0, 2**32 - 1), st.booleans(), st.booleans(), st.sampled_from([1.0, 0.5]))
 def test_the_shares_of_the_randomness_are_the_probabilities(rows, seed, in_order, terminator, temperature):
     """A fine grid of uniform values falls on each token as often as its probability says."""

@@ -104,15 +104,37 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path, item_ids: list[str | int])
 
 
 def test_writing_again_without_codebooks_leaves_none(tmp_path: Path) -> None:
-    index_of(codebooks=[np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float32)]).save(tmp_path)
-    index_of(CODES[1:4]).save(tmp_path)
-    assert SemanticIdIndex.load(tmp_path).codebooks is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "semantic_ids.parquet"]
+    saved(tmp_path)
+    index_of().save(tmp_path)  # the same content, so the same version
+    index = SemanticIdIndex.load(tmp_path)
+    assert index.codebooks is None
+    assert sorted(path.name for path in folder_of(tmp_path, index.version).iterdir()) == [
+        "manifest.json", "semantic_ids.parquet", "trie.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_write_that_is_cut_short_leaves_the_current_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = index_of()
+    first.save(tmp_path)
+
+    def full_disk(*_arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("item_index.trie.ItemTrie.save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        index_of(CODES[1:4]).save(tmp_path)
+    assert SemanticIdIndex.load(tmp_path).version == first.version
+
+
+def folder_of(folder: Path, version: str) -> Path:
+    return folder / "versions" / version
 
 
 def saved(folder: Path) -> Path:
-    index_of(codebooks=[np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float32)]).save(folder)
-    return folder
+    """Saves an index with codebooks; returns the folder of its version."""
+    index = index_of(codebooks=[np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float32)])
+    index.save(folder)
+    return folder_of(folder, index.version)
 
 
 def load_error(folder: Path) -> InputError:
@@ -121,7 +143,7 @@ def load_error(folder: Path) -> InputError:
     return caught.value
 
 
-@pytest.mark.parametrize("name", ["semantic_ids.parquet", "codebooks.safetensors"])
+@pytest.mark.parametrize("name", ["semantic_ids.parquet", "codebooks.safetensors", "trie.safetensors"])
 def test_changed_or_missing_files_are_named(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path) / name
     content = bytearray(path.read_bytes())
@@ -137,15 +159,25 @@ def test_changed_or_missing_files_are_named(tmp_path: Path, name: str) -> None:
 
 
 def test_bad_manifests_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "manifest.json"
+    assert load_error(tmp_path).file == str(tmp_path / "current.json")
+    path = saved(tmp_path) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.unlink()
     assert load_error(tmp_path).file == str(path)
-    path.write_text("{")
-    assert "JSON" in load_error(tmp_path).problem
-    manifest = json.loads((saved(tmp_path) / "manifest.json").read_text())
+    for content in ("{", "[]"):
+        path.write_text(content)
+        assert "JSON" in load_error(tmp_path).problem
     path.write_text(json.dumps({**manifest, "format_version": 99}))
     assert load_error(tmp_path).field == "format_version"
     path.write_text(json.dumps({**manifest, "collision_size": 5}))
     assert load_error(tmp_path).field == "version"
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name != "sha256"}))
+    assert "lacks sha256" in load_error(tmp_path).problem
+    path.write_text(json.dumps({**manifest, "sha256": {}}))
+    assert "lacks the hash of a file" in load_error(tmp_path).problem
+    path.write_text(json.dumps(manifest))
+    (tmp_path / "current.json").write_text('{"version": "0"}')
+    assert manifest["version"] in load_error(tmp_path).problem
 
 
 def test_input_that_does_not_fit_is_refused() -> None:
