@@ -118,7 +118,7 @@ def test_ten_percent_in_and_ten_percent_out(tmp_path):
     old = SemanticIdIndex.load(tmp_path, version=index.version)
     assert semantic_ids(old) == before
     assert old.trie.contains(index.codes_IL[gone], index.lengths_I[gone]).all()
-    with pytest.raises(InputError, match=r"no index version 0123, only \w{16}, \w{16}\."):
+    with pytest.raises(InputError, match=r"no index version 0123 here, only \w{16}, \w{16}\."):
         SemanticIdIndex.load(tmp_path, version="0123")
 
 
