@@ -61,9 +61,7 @@ def write_vectors(path: str | os.PathLike[str], blocks: Iterable[tuple[Sequence[
     os.replace(unfinished, target)
 
 
-def iterate_vectors(
-    path: str | os.PathLike[str], *, rows: int = 65536
-) -> Iterator[tuple[list[str | int], np.ndarray]]:
+def iterate_vectors(path: str | os.PathLike[str], *, rows: int = 65536) -> Iterator[tuple[list[str | int], np.ndarray]]:
     """Batches of at most `rows` rows: (item ids, float32 [rows, D]). Raises InputError like `read_vectors`."""
     with _open(path) as file:
         read = 0

@@ -54,9 +54,7 @@ def test_with_all_dimensions_inner_products_are_the_normalised_co_occurrences() 
 def test_validation_and_test_interactions_change_nothing() -> None:
     generator = np.random.default_rng(3)
     rows = [generator.permutation(ITEMS)[:6] for _ in range(25)]
-    sequences = UserSequences(
-        tuple(range(25)), np.arange(26) * 6, np.concatenate(rows), np.zeros(150, dtype=np.int64)
-    )
+    sequences = UserSequences(tuple(range(25)), np.arange(26) * 6, np.concatenate(rows), np.zeros(150, dtype=np.int64))
     others = sequences.items.copy().reshape(25, 6)
     others[:, 4:] = generator.integers(0, ITEMS, (25, 2))
     changed = replace(sequences, items=others.ravel())
