@@ -8,7 +8,7 @@ a quarter of its rows at each level, at the prefixes of random items. Every subj
 
 - unconstrained: softmax over the vocabulary, exponential noise, argmax (may name no item).
 - dense mask: allowed tokens marked in a mask [batch, vocabulary], then as above. vLLM's sampler does this.
-- prefix dict: a Python dict from prefix to allowed tokens, asked row by row, as `prefix_allowed_tokens_fn` of transformers.
+- prefix dict: a Python dict from prefix to allowed tokens, asked row by row, as a `prefix_allowed_tokens_fn` is.
 - llguidance: a regular expression of all items, its bit mask per row, then as above (up to 100,000 items).
 - padded CSR: log-softmax over the vocabulary, then children gathered at the width of the level's largest branch.
 - ours: `ChildSampler.sample_children`, the children's logits alone.

@@ -44,7 +44,20 @@ def _stage_command(name: str, help_text: str) -> None:
         _run([name], config, overrides, dry_run)
 
 
-_stage_command("index", "Give every item a semantic ID.")
+@app.command("index")
+def index(
+    config: Config = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Grow the index to a changed catalogue: every item keeps its semantic ID."),
+    ] = False,
+) -> None:
+    """Give every item a semantic ID."""
+    _run(["index"], config, overrides, dry_run, update_index=update)
+
+
 _stage_command("corpus", "Split the interactions and write rows, prompts and the tokenizer.")
 _stage_command("sft", "Supervised training on next items and reasoning.")
 _stage_command("train", "Post-train by SRPO.")
@@ -59,7 +72,9 @@ def run(config: Config = None, overrides: Overrides = None, dry_run: DryRun = Fa
     _run(list(STAGES), config, overrides, dry_run)
 
 
-def _run(names: list[str], config: Path | None, overrides: list[str] | None, dry_run: bool) -> None:
+def _run(
+    names: list[str], config: Path | None, overrides: list[str] | None, dry_run: bool, *, update_index: bool = False
+) -> None:
     settings = load_settings(config, overrides or ())
     if dry_run:
         print(settings.dump(), end="")
@@ -67,7 +82,7 @@ def _run(names: list[str], config: Path | None, overrides: list[str] | None, dry
     from cluster.pipeline import run_stages
     from cluster.tracking import tracking_uri
 
-    run_stages(settings, names)
+    run_stages(settings, names, update_index=update_index)
     uri = tracking_uri(settings)
     if settings.tracking.uri is None:
         uri = f"sqlite:///{settings.run_folder}/mlflow.db"

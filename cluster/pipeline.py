@@ -11,76 +11,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.table import Table
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from cluster.index import index_stage, read_data
+from cluster.index_growth import update_index_stage
 from cluster.progress import console
 from cluster.settings import Settings
 from cluster.tracking import Tracker, tracked
 from curriculum.corpus import build_corpus, load_corpus
-from curriculum.interactions import UserSequences, build_sequences, load_interactions
-from item_index.catalogue import Catalogue
-from item_index.embedding import embed_texts
 from item_index.input_error import InputError
-from item_index.quantizer import ResidualKMeans
-from item_index.semantic_ids import SemanticIdIndex, assign_semantic_ids
-from item_index.text import item_texts
+from item_index.semantic_ids import SemanticIdIndex
 from item_index.tokens import SemanticIdTokens
-
-SINGLE_CHILD_WARNING = 0.5
-
-
-def read_data(settings: Settings) -> tuple[Catalogue, UserSequences]:
-    """The filtered catalogue and the users' sequences; raises InputError for bad input."""
-    catalogue = Catalogue.load(settings.data.items)
-    interactions = load_interactions(settings.data.interactions, catalogue)
-    return build_sequences(
-        interactions, catalogue, minimum_interactions=settings.data.minimum_interactions, seed=settings.seed
-    )
-
-
-def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
-    """Text -> vectors -> residual codes -> semantic IDs."""
-    catalogue, _ = read_data(settings)
-    wanted = settings.index
-    too_large = [size for size in wanted.level_sizes if size > len(catalogue)]
-    if too_large:
-        raise InputError(
-            f"{len(catalogue)} items are fewer than the {too_large[0]} codes of a level", file=settings.data.items,
-            field="index.level_sizes", remedy="Ask for fewer codes.",
-        )  # fmt: skip
-    vectors = embed_texts(
-        item_texts(catalogue), dimensions=wanted.embedding_dimensions, sentence_transformer=wanted.sentence_transformer,
-        seed=settings.seed,
-    )  # fmt: skip
-    quantizer = ResidualKMeans.fit(vectors, wanted.level_sizes, seed=settings.seed, balanced=wanted.balanced)
-    index = assign_semantic_ids(
-        catalogue.item_ids, quantizer.training_codes_IH, wanted.level_sizes,
-        spare_collision_codes=wanted.spare_collision_codes, codebooks=quantizer.codebooks,
-    )  # fmt: skip
-    index.save(folder)
-    trie = index.trie
-    table = Table(
-        title=f"index {index.version}: {len(index)} items, {int((index.lengths_I > index.levels).sum())} colliding"
-    )
-    for column in ("level", "nodes", "mean degree", "single-child share"):
-        table.add_column(column, justify="right")
-    summary: dict[str, Any] = {"version": index.version, "items": len(index)}
-    for level in range(index.levels):
-        degrees = np.diff(trie.child_start[trie.level_start[level] : trie.level_start[level + 1] + 1])
-        degrees = degrees[degrees > 0]
-        single = float((degrees == 1).mean())
-        table.add_row(str(level + 1), str(len(degrees)), f"{degrees.mean():.2f}", f"{single:.2f}")
-        summary[f"level_{level + 1}"] = {"mean_degree": float(degrees.mean()), "single_child_share": single}
-        if single > SINGLE_CHILD_WARNING and level < index.levels - 1:
-            console.print(
-                f"index: warning: {single:.0%} of the nodes above level {level + 1} have a single child, so that level "
-                "holds little choice; use fewer codes or levels (index.level_sizes)"
-            )
-    console.print(table)
-    return summary
 
 
 def corpus_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
@@ -201,8 +143,11 @@ def is_current(settings: Settings, name: str) -> bool:
     return marker.is_file() and json.loads(marker.read_text())["fingerprint"] == fingerprint(settings, name)
 
 
-def run_stages(settings: Settings, names: list[str]) -> None:
-    """Run stages in order, each only where its inputs have changed; earlier stages must be there and current."""
+def run_stages(settings: Settings, names: list[str], *, update_index: bool = False) -> None:
+    """Run stages in order, each only where its inputs have changed; earlier stages must be there and current.
+
+    With `update_index` an index that is not current is grown to the new catalogue instead of made anew.
+    """
     for earlier in STAGES[names[0]].after:
         if not is_current(settings, earlier):
             raise InputError(
@@ -222,8 +167,9 @@ def run_stages(settings: Settings, names: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "stage.json").unlink(missing_ok=True)
         (settings.folder / "settings.yaml").write_text(settings.dump())
+        run = update_index_stage if update_index and name == "index" else STAGES[name].run
         with tracked(settings, name) as tracker:
-            summary = STAGES[name].run(settings, folder, tracker)
+            summary = run(settings, folder, tracker)
             seconds = time.monotonic() - started
             tracker.metrics({"seconds": seconds})
         marker = {"fingerprint": wanted, "seconds": seconds, "summary": summary}

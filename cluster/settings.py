@@ -31,16 +31,80 @@ class DataSettings(Section):
     )
 
 
+class FusionSettings(Section):
+    url: str | None = Field(
+        None, description="Base URL of an OpenAI-compatible endpoint, such as http://host:8000/v1; null fuses nothing."
+    )
+    model: str | None = Field(None, description="Name of the model at the endpoint.")
+    key_variable: str | None = Field(
+        None, description="Environment variable that holds the endpoint's key; null where it wants none."
+    )
+    cache: str | None = Field(
+        None, description="Folder that keeps every answer; null is index/fusion in the run folder."
+    )
+    concurrency: int = Field(16, ge=1, description="Requests that are under way at once.")
+    attempt_seconds: float = Field(60, gt=0, description="Deadline of one attempt.")
+    deadline_seconds: float = Field(300, gt=0, description="Deadline of one item, all attempts and waits together.")
+    retries: int = Field(5, ge=0, description="Attempts after the first, for rate limits, server errors and timeouts.")
+    maximum_tokens: int = Field(256, ge=1, description="Tokens of an answer at most.")
+    temperature: float | None = Field(0.0, ge=0, description="Sampling temperature; null leaves it to the endpoint.")
+    failures_in_a_row: int = Field(
+        100, ge=1, description="Items that may fail one after another before the stage ends."
+    )
+
+    @model_validator(mode="after")
+    def _endpoint_is_whole(self) -> FusionSettings:
+        if self.url is not None and not self.model:
+            raise ValueError("fusion.url names an endpoint, so fusion.model has to name its model")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError("fusion.url has to begin with http:// or https://")
+        if self.url is not None and "@" in self.url:
+            raise ValueError(
+                "fusion.url must hold no credentials; put the key into the variable that key_variable names"
+            )
+        return self
+
+
 class IndexSettings(Section):
     level_sizes: tuple[int, ...] = Field(
         (256, 256, 256, 256), min_length=1, description="Codes of each residual level."
     )
+    fusion: FusionSettings = Field(
+        default_factory=FusionSettings, description="Descriptions written by a language model out of text and reviews."
+    )
+    embedding: Literal["tf_idf", "sentence_transformer", "language_model"] = Field(
+        "tf_idf", description="What turns item text into vectors."
+    )
+    encoder_path: str | None = Field(
+        None, description="Local folder of the sentence-transformers model or the causal language model."
+    )
+    encoder_tokens: int = Field(
+        512, ge=1, description="Tokens of a title or description that a language model reads; the rest is cut."
+    )
+    encoder_batch_tokens: int = Field(
+        16_384, ge=1, description="Padded tokens of one forward pass of a language model at most."
+    )
     embedding_dimensions: int = Field(64, ge=1, description="Dimensions of the TF-IDF + SVD item vectors.")
-    sentence_transformer: str | None = Field(
-        None, description="Local sentence-transformers folder that embeds the items instead of TF-IDF + SVD."
+    fit_items: int = Field(
+        50_000, ge=1, description="Items that TF-IDF + SVD learns from at most, drawn by the seed; all are embedded."
+    )
+    collaborative_weight: float = Field(
+        0.0, ge=0, description="Say of the train interactions in a vector, against the text's 1; 0 leaves them out."
+    )
+    collaborative_dimensions: int = Field(32, ge=1, description="Dimensions of the collaborative block.")
+    distributed: bool = Field(
+        False, description="Embedding and endpoint calls as Ray Data jobs; the results are the same."
     )
     balanced: bool = Field(False, description="Clusters of equal size instead of plain k-means.")
     spare_collision_codes: int = Field(8, ge=0, description="Collision codes reserved for items that come later.")
+
+    @model_validator(mode="after")
+    def _encoder_is_named(self) -> IndexSettings:
+        if self.embedding != "tf_idf" and self.encoder_path is None:
+            raise ValueError(f"embedding {self.embedding} needs encoder_path, a local folder")
+        if self.embedding == "tf_idf" and self.encoder_path is not None:
+            raise ValueError("encoder_path is set, but embedding tf_idf reads no model; name the kind in embedding")
+        return self
 
 
 class CorpusSettings(Section):
@@ -137,6 +201,9 @@ class ClusterSettings(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the rollout engine.")
     kv_cache_mib: int = Field(256, ge=16, description="Key-value cache of the rollout engine, MiB.")
     rollout_sequences: int = Field(256, ge=1, description="Responses that the engine decodes at once.")
+    index_workers: int = Field(1, ge=1, description="Actors that embed or ask the endpoint when index.distributed.")
+    index_worker_cpus: float = Field(1, gt=0, description="CPUs of each of them.")
+    index_worker_gpus: float = Field(0, ge=0, description="GPUs of each actor that embeds.")
     start_seconds: float = Field(300, gt=0, description="Deadline for an actor to start.")
     call_seconds: float = Field(1800, gt=0, description="Deadline for one call of an actor.")
 

@@ -7,10 +7,12 @@ import json
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy import sparse
 
 from item_index.catalogue import Catalogue
 from item_index.input_error import InputError
@@ -69,6 +71,26 @@ class UserSequences:
     def train(self, user: int) -> np.ndarray:
         """int64 [n - 2]: the user's items without the validation and the test target."""
         return self.sequence(user)[:-2]
+
+    @cached_property
+    def places(self) -> dict[str | int, int]:
+        """Place of each user id."""
+        return {user_id: place for place, user_id in enumerate(self.user_ids)}
+
+    def trains_on(self, user_id: str | int, item: int) -> bool:
+        """Whether the train part of this user holds the item (a row of the catalogue); False for an unknown user."""
+        place = self.places.get(user_id)
+        return place is not None and bool((self.train(place) == item).any())
+
+    def train_matrix(self, items: int) -> sparse.csr_array:
+        """float32 [users, items], 1 where the user's train part holds the item: nothing of validation and test."""
+        lengths = np.diff(self.offsets_U1)
+        training = np.arange(len(self.items)) < np.repeat(self.offsets_U1[1:] - 2, lengths)
+        columns = self.items[training]
+        offsets = np.concatenate([[0], np.cumsum(lengths - 2)])
+        return sparse.csr_array(
+            (np.ones(len(columns), dtype=np.float32), columns, offsets), shape=(len(self), items)
+        ).sorted_indices()
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of users, offsets and items: the same split has the same fingerprint on every machine."""

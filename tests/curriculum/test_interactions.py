@@ -124,6 +124,20 @@ def test_sequences_are_in_time_order_and_split_by_place() -> None:
     assert sequences.timestamps[:4].tolist() == [97, 98, 99, 100]
 
 
+def test_the_train_part_alone_is_in_the_matrix_and_in_trains_on() -> None:
+    _, sequences = build_sequences(interactions_of(grid(5, 4)), catalogue_of([0, 1, 2, 3]), minimum_interactions=3)
+    matrix = sequences.train_matrix(6).toarray()
+    assert matrix.shape == (5, 6)
+    assert matrix.dtype == np.float32
+    for place, user_id in enumerate(sequences.user_ids):
+        train = set(sequences.train(place).tolist())
+        assert len(train) == 2
+        assert {item for item in range(6) if matrix[place, item] == 1} == train
+        assert {item for item in range(6) if sequences.trains_on(user_id, item)} == train
+    assert matrix.sum() == 10
+    assert not sequences.trains_on(99, 0)
+
+
 def test_repeats_keep_the_first_time() -> None:
     triples = [*[(user, item, item) for user in range(3) for item in range(3)], (0, 0, 50), (0, 0, -1)]
     _, sequences = build_sequences(interactions_of(triples), catalogue_of(list("abc")), minimum_interactions=3)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from item_index.catalogue import Catalogue
+from item_index.catalogue import Catalogue, Review
 from item_index.input_error import InputError
 
 
@@ -48,6 +48,7 @@ def test_only_id_and_title_are_needed(tmp_path: Path) -> None:
     assert catalogue.descriptions == ("", "")
     assert catalogue.categories == ((), ())
     assert catalogue.brands == ("", "")
+    assert catalogue.reviews == ((), ())
     assert len(catalogue) == 2
 
 
@@ -58,7 +59,7 @@ def test_all_columns_are_read_and_others_are_left_alone(tmp_path: Path) -> None:
         "description": ["A board.", None, ""],
         "categories": pa.array([["Board", " Old "], None, []], pa.list_(pa.string())),
         "brand": [None, "Stones", "War"],
-        "reviews": [[1], [2], [3]],
+        "colours": [[1], [2], [3]],
     }
     catalogue = Catalogue.load(write_items(tmp_path, columns))
     assert catalogue.item_ids == ("x", "y", "z")
@@ -89,6 +90,22 @@ def test_select_keeps_the_given_order(tmp_path: Path) -> None:
     assert chosen.titles == ("c", "a")
     assert chosen.brands == ("z", "x")
     assert chosen.rows == {3: 0, 1: 1}
+
+
+REVIEWS = pa.list_(pa.struct({"user_id": pa.int64(), "text": pa.string()}))
+
+
+def test_reviews_are_read_and_follow_their_items(tmp_path: Path) -> None:
+    lists = [[{"user_id": 5, "text": "Dry."}, {"user_id": 6, "text": ""}], None, []]
+    columns = {"item_id": [1, 2, 3], "title": list("abc"), "reviews": pa.array(lists, REVIEWS)}
+    catalogue = Catalogue.load(write_items(tmp_path, columns))
+    assert catalogue.reviews == ((Review(5, "Dry."), Review(6, "")), (), ())
+    assert catalogue.select(np.array([1, 0])).reviews == (catalogue.reviews[1], catalogue.reviews[0])
+
+
+def test_a_column_of_nulls_holds_no_reviews(tmp_path: Path) -> None:
+    columns = {"item_id": [1], "title": ["a"], "reviews": pa.nulls(1)}
+    assert Catalogue.load(write_items(tmp_path, columns)).reviews == ((),)
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -128,9 +145,23 @@ def test_missing_column(tmp_path: Path, missing: str) -> None:
         ({"item_id": [1], "title": ["a"], "categories": [4]}, None, "categories", "int64"),
         ({"item_id": [1], "title": ["a"], "categories": [[4]]}, None, "categories", "int64"),
         ({"item_id": [1, 2], "title": ["a", "b"], "categories": [["c"], [None]]}, 1, "categories", "null"),
+        ({"item_id": [1], "title": ["a"], "reviews": [["good"]]}, None, "reviews", "list<element: string>"),
+        ({"item_id": [1], "title": ["a"], "reviews": ["good"]}, None, "reviews", "string"),
+        ({"item_id": [1], "title": ["a"], "reviews": [[{"user_id": 1}]]}, None, "reviews", "struct"),
+        ({"item_id": [1], "title": ["a"], "reviews": [[{"user_id": 1.5, "text": "b"}]]}, None, "reviews", "double"),
+        ({"item_id": [1], "title": ["a"], "reviews": [[{"user_id": 1, "text": 2}]]}, None, "reviews", "text: int64"),
+        (
+            {"item_id": [1, 2], "title": ["a", "b"],
+             "reviews": [[], [{"user_id": 1, "text": "b"}, {"user_id": None, "text": "c"}]]},
+            1, "reviews", "review 1 of the list has no user_id",
+        ),
+        (
+            {"item_id": [1, 2], "title": ["a", "b"], "reviews": [[{"user_id": 1, "text": "b"}], [None]]},
+            1, "reviews", "review 0 of the list has no user_id and no text",
+        ),
         ({"item_id": pa.array([1, 2**63], pa.uint64()), "title": ["a", "b"]}, 1, "item_id", "too large"),
     ],
-)
+)  # fmt: skip
 def test_bad_values_are_named(
     tmp_path: Path, columns: dict[str, Any], row: int | None, field: str, problem: str
 ) -> None:
