@@ -2,8 +2,8 @@
 
     python -m benchmarks.trie [--items 1000000]... [--batch 64]... [--vocabulary 153000]... [--json FILE]
 
-Catalogues of 4 x 256 codes without collisions, uniform or Zipf (each level's code k with weight 1 / (k + 1)). A batch has
-a quarter of its rows at each level, at the prefixes of random items. Every subject turns the same logits, float32
+Catalogues of 4 x 256 codes without collisions, uniform or Zipf (each level's code k with weight 1 / (k + 1)). A batch
+has a quarter of its rows at each level, at the prefixes of random items. Every subject turns the same logits, float32
 [batch, vocabulary], into one token per row and its log-probability:
 
 - unconstrained: softmax over the vocabulary, exponential noise, argmax (may name no item).
