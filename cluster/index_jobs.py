@@ -1,18 +1,26 @@
 """The index stage's work on a cluster, as Ray Data jobs: embedding, endpoint calls, codes of new items.
 
-Each job gives what the same work in one process gives, in the same order. Workers read the encoder, the cache and the
-blocks by path, so the run folder has to be on a file system that all nodes share.
+Each job gives what the same work in one process gives, in the same order. The driver cuts the work into numbered block
+files; the dataset holds their paths, and an actor of the pool reads one block and writes the file of the same number.
+Ray Data's own `read_parquet` is not used: it packs small files into one task and reads them with several threads, so
+that batches are cut elsewhere than in one process, and rows come back in another order even with `preserve_order`.
+
+Workers open blocks, encoder and cache by path, so the run folder has to be on a file system that all nodes share.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+import logging
+import os
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,20 +33,22 @@ from cluster.progress import progress_bar
 from cluster.settings import ClusterSettings
 from item_index.catalogue import Catalogue
 from item_index.embedding import BLOCK_ITEMS, load_encoder
-from item_index.fusion import Endpoint, ask_endpoint
 from item_index.input_error import InputError
 from item_index.quantizer import ResidualKMeans
 from item_index.vectors import ID_FIELD, VECTOR_FIELD, iterate_vectors, write_vectors
 
-# Questions of one call of a worker; its last requests leave some of the concurrency idle.
+if TYPE_CHECKING:
+    from item_index.fusion import Endpoint
+
+# Questions of one block; the last requests of a block leave some of the concurrency idle.
 QUESTIONS = 512
 POLL_SECONDS = 0.2
 
 
 def embed(items: Catalogue, encoder_folder: Path, vectors_file: Path, cluster: ClusterSettings) -> None:
-    """Encode all items by workers that load the saved encoder, and write `vectors_file` like `write_vectors`.
+    """Encode all items by workers that load the saved encoder, and write `vectors_file` as `write_vectors` does.
 
-    Neural encoders round differently in batches of another make-up, so blocks are cut as in one process. Raises
+    A neural encoder rounds differently in batches of another make-up, so blocks are cut as in one process. Raises
     InputError that a worker raised, and DeadlineExceeded when no block is finished within `cluster.call_seconds`.
     """
 
@@ -56,16 +66,12 @@ def embed(items: Catalogue, encoder_folder: Path, vectors_file: Path, cluster: C
             )
 
     with tempfile.TemporaryDirectory(dir=vectors_file.parent, prefix="embedding-", ignore_cleanup_errors=True) as work:
-        dataset = _dataset(blocks(), Path(work)).map_batches(
-            _EncoderWorker, fn_constructor_args=(str(encoder_folder.resolve()),), batch_size=BLOCK_ITEMS,
-            batch_format="pyarrow", concurrency=cluster.index_workers, num_cpus=cluster.index_worker_cpus,
-            num_gpus=cluster.index_worker_gpus,
+        parts = _run(
+            "embedding", blocks(), Path(work), _EncoderWorker, (str(encoder_folder.resolve()),), cluster,
+            workers=cluster.index_workers, gpus=cluster.index_worker_gpus,
         )  # fmt: skip
-        parts = _run(dataset, Path(work), "embedding", -(-len(items) // BLOCK_ITEMS), None, cluster)
-        write_vectors(
-            vectors_file,
-            ((table[ID_FIELD].to_pylist(), _matrix(table[VECTOR_FIELD])) for table in _in_order(parts, items.item_ids)),
-        )
+        tables = (pq.read_table(part) for part in parts)
+        write_vectors(vectors_file, ((table[ID_FIELD].to_pylist(), _matrix(table[VECTOR_FIELD])) for table in tables))
 
 
 def ask_by_workers(
@@ -73,9 +79,8 @@ def ask_by_workers(
 ) -> dict[str, str]:
     """Ask all (key, prompt) pairs by workers that share out `endpoint.concurrency`; see `ask_endpoint`.
 
-    The answers are in the cache folder, one file per call of a worker, so a job that is killed loses only requests
-    under way. Raises InputError that a worker raised, and DeadlineExceeded when for `cluster.call_seconds` no answer
-    comes in.
+    The answers are in the cache folder as they come, so a job that is killed loses only requests under way. Raises
+    InputError that a worker raised, and DeadlineExceeded when no answer comes in for `cluster.call_seconds`.
     """
     workers = min(cluster.index_workers, endpoint.concurrency)
     # By reference: Ray Data shows the arguments of its operators in the dashboard, and the endpoint holds the key.
@@ -87,126 +92,143 @@ def ask_by_workers(
         pa.table({"key": [key for key, _ in batch], "prompt": [prompt for _, prompt in batch]}) for batch in batches
     )
     with tempfile.TemporaryDirectory(dir=cache, prefix="questions-", ignore_cleanup_errors=True) as work:
-        source = _dataset(blocks, Path(work))
-        dataset = source.map_batches(
-            _AskingWorker, fn_constructor_args=((shared,), str(cache.resolve()), cluster.start_seconds),
-            batch_size=QUESTIONS, batch_format="pyarrow", concurrency=workers, num_cpus=cluster.index_worker_cpus,
+        parts = _run(
+            "fusion", blocks, Path(work), _AskingWorker, ([shared], str(cache.resolve()), cluster.start_seconds),
+            cluster, workers=workers, watched=cache,
         )  # fmt: skip
-        parts = _run(dataset, Path(work), "fusion", len(list((Path(work) / "in").iterdir())), cache, cluster)
         tables = [pq.read_table(part) for part in parts]
-        return {
-            key: problem
-            for table in tables
-            for key, problem in zip(table["key"].to_pylist(), table["problem"].to_pylist(), strict=True)
-            if problem
-        }
+    return {
+        key: problem
+        for table in tables
+        for key, problem in zip(table["key"].to_pylist(), table["problem"].to_pylist(), strict=True)
+    }
 
 
 def encode_newcomers(vectors_file: Path, codebooks: Sequence[np.ndarray], cluster: ClusterSettings) -> np.ndarray:
-    """int32 [items, H]: nearest centroids level by level, like `ResidualKMeans.encode`, of all vectors in a file.
+    """int32 [items, H]: the nearest centroid level by level of every vector in a file, as `ResidualKMeans.encode`.
 
     Args:
         vectors_file: as `write_vectors` writes it, of the width of the codebooks.
         codebooks: per level, float32 [K_l, D]; they reach the workers through the object store.
         cluster: number of workers, their CPUs, deadlines.
     """
-    item_ids: list[str | int] = []
 
     def blocks() -> Iterator[pa.Table]:
         for ids, vectors in iterate_vectors(vectors_file, rows=BLOCK_ITEMS):
-            item_ids.extend(ids)
-            column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-            yield pa.table({ID_FIELD: pa.array(ids), VECTOR_FIELD: column})
+            yield pa.table({ID_FIELD: pa.array(ids), VECTOR_FIELD: _lists(vectors)})
 
     shared = ray.put(list(codebooks))
     with tempfile.TemporaryDirectory(dir=vectors_file.parent, prefix="encoding-", ignore_cleanup_errors=True) as work:
-        dataset = _dataset(blocks(), Path(work)).map_batches(
-            _QuantizerWorker, fn_constructor_args=((shared,), cluster.start_seconds), batch_size=BLOCK_ITEMS,
-            batch_format="pyarrow", concurrency=cluster.index_workers, num_cpus=cluster.index_worker_cpus,
+        parts = _run(
+            "encoding", blocks(), Path(work), _QuantizerWorker, ([shared], cluster.start_seconds), cluster,
+            workers=cluster.index_workers,
         )  # fmt: skip
-        parts = _run(dataset, Path(work), "encoding", -(-len(item_ids) // BLOCK_ITEMS), None, cluster)
-        return np.concatenate([_matrix(table["codes"]) for table in _in_order(parts, item_ids)])
+        return np.concatenate([_matrix(pq.read_table(part)["codes"]) for part in parts])
 
 
-class _EncoderWorker:
+class _BlockWorker:
+    """Reads the block that a path names and writes the result under `out`, whole or not at all."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for path in map(Path, batch["path"]):
+            result = path.parents[1] / "out" / path.name
+            unfinished = result.with_suffix(f".{os.getpid()}")
+            try:
+                pq.write_table(self.work(pq.read_table(path)), unfinished)
+            except InputError as error:  # Ray Data hands on the text of an exception, and not the exception
+                unfinished.write_text(json.dumps(vars(error)), encoding="utf-8")
+                os.replace(unfinished, result.with_suffix(".failure"))
+                raise
+            os.replace(unfinished, result)
+        return batch
+
+    def work(self, block: pa.Table) -> pa.Table:
+        raise NotImplementedError
+
+
+class _EncoderWorker(_BlockWorker):
     def __init__(self, encoder_folder: str) -> None:
         self._encoder = load_encoder(encoder_folder)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        columns = {name: tuple(batch[name].to_pylist()) for name in batch.column_names}
-        vectors = self._encoder.encode(
-            Catalogue(
-                item_ids=columns[ID_FIELD], titles=columns["title"], descriptions=columns["description"],
-                categories=tuple(tuple(names) for names in columns["categories"]), brands=columns["brand"],
-            )
+    def work(self, block: pa.Table) -> pa.Table:
+        columns = {name: tuple(block[name].to_pylist()) for name in block.column_names}
+        items = Catalogue(
+            item_ids=columns[ID_FIELD], titles=columns["title"], descriptions=columns["description"],
+            categories=tuple(tuple(names) for names in columns["categories"]), brands=columns["brand"],
         )  # fmt: skip
-        return pa.table({ID_FIELD: batch[ID_FIELD], VECTOR_FIELD: _lists(vectors)})
+        return pa.table({ID_FIELD: block[ID_FIELD], VECTOR_FIELD: _lists(self._encoder.encode(items))})
 
 
-class _AskingWorker:
-    def __init__(self, endpoint: tuple[ray.ObjectRef], cache: str, seconds: float) -> None:
+class _AskingWorker(_BlockWorker):
+    def __init__(self, endpoint: list[ray.ObjectRef], cache: str, seconds: float) -> None:
         self._endpoint: Endpoint = ray.get(endpoint[0], timeout=seconds)
         self._cache = Path(cache)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        keys = batch["key"].to_pylist()
-        questions = zip(keys, batch["prompt"].to_pylist(), strict=True)
+    def work(self, block: pa.Table) -> pa.Table:
+        from item_index.fusion import ask_endpoint  # its client takes seconds to import, and only this worker asks
+
+        questions = zip(block["key"].to_pylist(), block["prompt"].to_pylist(), strict=True)
         problems = ask_endpoint(self._endpoint, questions, self._cache, lambda: None)
-        return pa.table({"key": keys, "problem": [problems.get(key, "") for key in keys]})
+        return pa.table(
+            {"key": pa.array(list(problems), pa.string()), "problem": pa.array(list(problems.values()), pa.string())}
+        )
 
 
-class _QuantizerWorker:
-    def __init__(self, codebooks: tuple[ray.ObjectRef], seconds: float) -> None:
+class _QuantizerWorker(_BlockWorker):
+    def __init__(self, codebooks: list[ray.ObjectRef], seconds: float) -> None:
         books = tuple(ray.get(codebooks[0], timeout=seconds))
         self._quantizer = ResidualKMeans(books, np.zeros((0, len(books)), dtype=np.int32), ())
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        codes = self._quantizer.encode(_matrix(batch[VECTOR_FIELD]))
-        return pa.table({ID_FIELD: batch[ID_FIELD], "codes": _lists(codes)})
-
-
-def _dataset(blocks: Iterable[pa.Table], work: Path) -> ray.data.Dataset:
-    """The blocks, one Parquet file and one read task each, so that batches of the block's size are the blocks."""
-    (work / "in").mkdir()
-    paths = []
-    for number, block in enumerate(blocks):
-        paths.append(str(work / "in" / f"{number:08}.parquet"))
-        pq.write_table(block, paths[-1])
-    context = ray.data.DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    with ray.data.DataContext.current(context):  # a dataset keeps the context that it was made under
-        return ray.data.read_parquet(paths, override_num_blocks=len(paths))
+    def work(self, block: pa.Table) -> pa.Table:
+        return pa.table({"codes": _lists(self._quantizer.encode(_matrix(block[VECTOR_FIELD])))})
 
 
 def _run(
-    dataset: ray.data.Dataset, work: Path, name: str, blocks: int, watched: Path | None, cluster: ClusterSettings
-) -> list[Path]:
-    """Execute the job into `work/out`; the files that it wrote, in order.
+    name: str, blocks: Iterable[pa.Table], work: Path, worker: type[_BlockWorker], arguments: tuple[Any, ...],
+    cluster: ClusterSettings, *, workers: int, gpus: float = 0, watched: Path | None = None,
+) -> list[Path]:  # fmt: skip
+    """Put every block through one of the workers; the result files, in the order of the blocks.
 
-    What is waited for is growth, of the output or of the folder `watched`: a job may take days, but not stand still.
+    What is waited for is growth, of the results or of the JSON lines in `watched`: a job may take days, but it must not
+    stand still.
     """
-    output = work / "out"
+    (work / "in").mkdir()
+    (work / "out").mkdir()
+    paths = []
+    for number, block in enumerate(blocks):
+        paths.append(work / "in" / f"{number:08}.parquet")
+        pq.write_table(block, paths[-1])
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False  # there is one of our own
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    with ray.data.DataContext.current(context):  # a dataset keeps the context that it was made under
+        dataset = ray.data.from_items(
+            [{"path": str(path.resolve())} for path in paths], override_num_blocks=len(paths)
+        ).map_batches(
+            worker, fn_constructor_args=arguments, batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(paths))), num_cpus=cluster.index_worker_cpus,
+            num_gpus=gpus,
+        )  # fmt: skip
     failure: list[BaseException] = []
 
-    def write() -> None:
+    def execute() -> None:
         try:
-            dataset.write_parquet(str(output))
+            dataset.materialize()
         except BaseException as error:
             failure.append(error)
 
-    # Ray Data has no deadline of its own. A daemon does not keep the process alive when it runs out.
-    thread = threading.Thread(target=write, daemon=True, name=f"{name} job")
+    # Ray Data has no deadline of its own. A daemon does not keep the process alive when ours runs out.
+    thread = threading.Thread(target=execute, daemon=True, name=f"{name} job")
     thread.start()
     size, grown_at, done = -1, time.monotonic(), 0
-    with progress_bar(name, blocks) as bar:
+    with progress_bar(name, len(paths)) as bar:
         while thread.is_alive():
             thread.join(POLL_SECONDS)
-            files = list(output.rglob("*.parquet")) if output.is_dir() else []
-            bar.advance(len(files) - done)
-            done = len(files)
-            now = sum(file.stat().st_size for file in (watched.glob("*.jsonl") if watched else files))
+            results = sum(1 for _ in (work / "out").glob("*.parquet"))
+            bar.advance(results - done)
+            done = results
+            now = results + sum(file.stat().st_size for file in (watched.glob("*.jsonl") if watched else ()))
             if now != size:
                 size, grown_at = now, time.monotonic()
             if time.monotonic() - grown_at > cluster.call_seconds:
@@ -214,35 +236,11 @@ def _run(
                     f"the {name} job has made no progress for {cluster.call_seconds:.0f} s; look at the workers' logs "
                     "in Ray's session folder, or raise cluster.call_seconds"
                 )
-        bar.advance(blocks - done)
     if failure:
-        _raise_input_error(failure[0])
+        for file in (work / "out").glob("*.failure"):
+            raise InputError(**json.loads(file.read_text(encoding="utf-8"))) from failure[0]
         raise failure[0]
-    return sorted(output.rglob("*.parquet"))
-
-
-def _raise_input_error(error: BaseException) -> None:
-    """Ray wraps what a worker raises; the user's own mistake is to read like one."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, InputError):
-            raise InputError(
-                seen.problem, file=seen.file, row=seen.row, field=seen.field, remedy=seen.remedy
-            ) from error
-        seen = getattr(seen, "cause", None) or seen.__cause__
-
-
-def _in_order(parts: Sequence[Path], item_ids: Sequence[str | int]) -> Iterator[pa.Table]:
-    """The tables of the parts; raises RuntimeError where their items are not `item_ids` in that order."""
-    read = 0
-    for part in parts:
-        table = pq.read_table(part)
-        if tuple(table[ID_FIELD].to_pylist()) != tuple(item_ids[read : read + table.num_rows]):
-            raise RuntimeError(f"{part.name} does not hold the items from row {read} on")
-        yield table
-        read += table.num_rows
-    if read != len(item_ids):
-        raise RuntimeError(f"the job gave {read} rows for {len(item_ids)} items")
+    return [work / "out" / path.name for path in paths]
 
 
 def _lists(matrix: np.ndarray) -> pa.FixedSizeListArray:
