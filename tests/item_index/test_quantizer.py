@@ -4,16 +4,20 @@ import hashlib
 import os
 import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
-from scipy.optimize import linear_sum_assignment
 
 from item_index.input_error import InputError
-from item_index.quantizer import ResidualKMeans, balanced_assignment
+from item_index.kmeans import BLOCK_ROWS, fit_plain, nearest_codes, starting_centroids
+from item_index.quantizer import ResidualKMeans
 
 
 def clustered(items: int = 120, dimensions: int = 5, seed: int = 0) -> np.ndarray:
@@ -68,6 +72,9 @@ def test_summaries_agree_with_codes_and_codebooks(balanced: bool) -> None:
         assert summary.codes_used == len(set(codes.tolist()))
         assert summary.largest_cluster == np.bincount(codes).max()
         assert summary.codes == (6, 4, 3)[level]
+        shares = np.bincount(codes) / len(codes)
+        entropy = -sum(share * np.log(share) for share in shares if share > 0)
+        assert summary.perplexity == pytest.approx(np.exp(entropy))
     assert left == sorted(left, reverse=True)
 
 
@@ -105,11 +112,154 @@ def test_values_that_are_not_finite_are_refused() -> None:
         ResidualKMeans.fit(vectors, (4,), seed=0)
 
 
+def test_items_that_are_all_the_same_are_refused() -> None:
+    with pytest.raises(InputError, match="all 6 items are the same"):
+        ResidualKMeans.fit(np.ones((6, 3)), (3, 2), seed=0)
+
+
+def test_a_single_item_has_a_code() -> None:
+    quantizer = ResidualKMeans.fit(np.ones((1, 3)), (1, 1), seed=0)
+    assert quantizer.training_codes_IH.tolist() == [[0, 0]]
+
+
+def test_fewer_distinct_vectors_than_codes_leave_codes_unused_and_nothing_over() -> None:
+    distinct = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    vectors = distinct[np.arange(20) % 3]
+    quantizer = ResidualKMeans.fit(vectors, (8, 4), seed=0)
+    assert [summary.codes_used for summary in quantizer.summaries] == [3, 1]
+    assert quantizer.summaries[0].mean_squared_residual == 0.0
+    assert len({tuple(codes) for codes in quantizer.training_codes_IH.tolist()}) == 3
+    np.testing.assert_array_equal(quantizer.encode(distinct), quantizer.training_codes_IH[:3])
+
+
+def test_fewer_distinct_vectors_than_codes_can_be_balanced() -> None:
+    vectors = np.random.default_rng(0).normal(size=(3, 5))[np.arange(20) % 3]
+    quantizer = ResidualKMeans.fit(vectors, (8, 4), seed=0, balanced=True)
+    assert sorted(np.bincount(quantizer.training_codes_IH[:, 0]).tolist()) == [2] * 4 + [3] * 4
+    assert np.bincount(quantizer.training_codes_IH[:, 1]).tolist() == [5] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"rounds": 0}, "rounds"),
+        ({"training_items_per_code": 0}, "training_items_per_code"),
+        ({"device": "abacus"}, "device"),
+    ],
+)
+def test_senseless_arguments_are_refused(arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(InputError, match=f"field '{field}'"):
+        ResidualKMeans.fit(clustered(), (4,), seed=0, **arguments)
+
+
+@pytest.mark.parametrize("vectors", [np.ones(6), np.array([["a", "b"]])])
+def test_what_is_no_table_of_numbers_is_refused(vectors: np.ndarray) -> None:
+    with pytest.raises(InputError, match="field 'vectors'"):
+        ResidualKMeans.fit(vectors, (1,), seed=0)
+
+
+def test_encode_refuses_vectors_of_another_width_or_that_are_not_finite() -> None:
+    quantizer = ResidualKMeans.fit(clustered(), (4,), seed=0)
+    with pytest.raises(InputError, match="4 dimensions, the codebooks 5"):
+        quantizer.encode(clustered()[:, :4])
+    with pytest.raises(InputError, match="row 1 holds"):
+        quantizer.encode(np.array([[0.0] * 5, [0.0] * 4 + [1e39]]))
+
+
+def test_the_error_never_rises_from_round_to_round() -> None:
+    vectors = np.random.default_rng(4).normal(size=(300, 6)).astype(np.float32)
+    errors = [
+        ResidualKMeans.fit(vectors, (20,), seed=1, rounds=rounds).summaries[0].mean_squared_residual
+        for rounds in range(1, 12)
+    ]
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors))
+    assert errors[-1] < 0.95 * errors[0]
+
+
+def test_a_code_that_loses_its_items_starts_again_at_the_farthest_item() -> None:
+    rows = torch.tensor([[0.0], [1.0], [10.0], [11.0], [30.0]])
+    fitted = fit_plain(rows, torch.tensor([[0.5], [15.0], [-99.0]]), 10)
+    assert sorted(fitted[:, 0].tolist()) == [0.5, 10.5, 30.0]
+
+
+def test_rounds_agree_with_lloyds_rounds_in_float64() -> None:
+    rows = np.random.default_rng(8).normal(size=(200, 3)).astype(np.float32)
+    slow = rows[:7].astype(np.float64)
+    for _ in range(5):
+        codes = ((rows[:, None] - slow) ** 2).sum(axis=2).argmin(axis=1)
+        slow = np.stack([rows[codes == code].mean(axis=0, dtype=np.float64) for code in range(7)])
+    fitted = fit_plain(torch.from_numpy(rows), torch.from_numpy(rows[:7]), 5)
+    np.testing.assert_allclose(fitted.numpy(), slow, rtol=1e-5, atol=1e-6)
+
+
+def test_the_start_takes_a_row_of_every_far_group() -> None:
+    groups = np.repeat(np.eye(9) * 1000, 30, axis=0) + np.random.default_rng(0).normal(size=(270, 9))
+    start = starting_centroids(torch.from_numpy(groups.astype(np.float32)), 9, np.random.default_rng(2))
+    assert sorted(start.argmax(dim=1).tolist()) == list(range(9))
+
+
+def test_a_common_shift_of_all_vectors_does_not_blur_the_nearest_centroid() -> None:
+    """Distances of about 1, 3,000 from the origin: sums of squares in float32 would not tell them apart."""
+    vectors = (clustered(400, 4) + 3000.0).astype(np.float32)
+    quantizer = ResidualKMeans.fit(vectors, (6,), seed=0)
+    np.testing.assert_array_equal(quantizer.training_codes_IH, encode_one_by_one(quantizer, vectors))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_codes_do_not_depend_on_the_rows_beside_them_and_ties_go_to_the_first(data: st.DataObject) -> None:
+    """Small integers: ties between centroids, and centroids that are the same, are the rule."""
+    element = st.integers(-2, 2).map(float)
+    centroids = data.draw(hypothesis_numpy.arrays(np.float32, (5, 2), elements=element))
+    rows = data.draw(hypothesis_numpy.arrays(np.float32, (12, 2), elements=element))
+    expected = ((rows[:, None] - centroids) ** 2).sum(axis=2).argmin(axis=1)
+    together = nearest_codes(torch.from_numpy(rows), torch.from_numpy(centroids))
+    assert together.tolist() == expected.tolist()
+    assert [
+        int(nearest_codes(row[None], torch.from_numpy(centroids))) for row in torch.from_numpy(rows)
+    ] == together.tolist()
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(8, 60), st.integers(0, 99), st.booleans())
+def test_fits_are_deterministic_and_agree_with_their_codes(items: int, seed: int, balanced: bool) -> None:
+    vectors = clustered(items, 3, seed)
+    first, again = (ResidualKMeans.fit(vectors, (8, 3), seed=seed, balanced=balanced, rounds=5) for _ in range(2))
+    np.testing.assert_array_equal(first.training_codes_IH, again.training_codes_IH)
+    residuals = vectors.astype(np.float64)
+    for level, (book, summary) in enumerate(zip(first.codebooks, first.summaries, strict=True)):
+        np.testing.assert_array_equal(book, again.codebooks[level])
+        residuals = residuals - book[first.training_codes_IH[:, level]]
+        assert summary.mean_squared_residual == pytest.approx((residuals**2).sum(axis=1).mean(), rel=1e-4, abs=1e-9)
+        sizes = np.bincount(first.training_codes_IH[:, level], minlength=len(book))
+        assert not balanced or (sizes.min() == items // len(book) and sizes.max() == -(-items // len(book)))
+    if not balanced:
+        np.testing.assert_array_equal(first.encode(vectors), first.training_codes_IH)
+
+
+def test_another_seed_gives_another_start() -> None:
+    vectors = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    books = [ResidualKMeans.fit(vectors, (16,), seed=seed, rounds=1).codebooks[0] for seed in (0, 1)]
+    assert not np.array_equal(*books)
+
+
 @pytest.mark.parametrize("balanced", [False, True])
-def test_items_that_are_all_the_same(balanced: bool) -> None:
-    quantizer = ResidualKMeans.fit(np.ones((6, 3)), (3, 2), seed=0, balanced=balanced)
-    assert quantizer.summaries[0].codes_used == (3 if balanced else 1)
-    assert quantizer.summaries[1].mean_squared_residual == pytest.approx(0)
+def test_a_memory_map_larger_than_a_block_trained_on_a_part(tmp_path: Path, balanced: bool) -> None:
+    items = 2 * BLOCK_ROWS + 77
+    vectors = clustered(items, 4)
+    np.save(tmp_path / "vectors.npy", vectors)
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    part = ResidualKMeans.fit(mapped, (12, 6), seed=0, balanced=balanced, training_items_per_code=50)
+    whole = ResidualKMeans.fit(vectors, (12, 6), seed=0, balanced=balanced, training_items_per_code=None)
+    assert part.training_codes_IH.shape == (items, 2)
+    for level, size in enumerate((12, 6)):
+        sizes = np.bincount(part.training_codes_IH[:, level], minlength=size)
+        assert not balanced or (sizes.min() == items // size and sizes.max() == -(-items // size))
+        errors = [fitted.summaries[level].mean_squared_residual for fitted in (part, whole)]
+        assert errors[0] <= 1.15 * errors[1]
+    if not balanced:
+        np.testing.assert_array_equal(part.encode(mapped), part.training_codes_IH)
+    assert not np.array_equal(part.codebooks[0], whole.codebooks[0])
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -134,27 +284,3 @@ def test_another_process_with_other_threads_gives_the_same_codes(balanced: bool)
     fitted = ResidualKMeans.fit(vectors, (8, 6), seed=3, balanced=balanced)
     content = fitted.training_codes_IH.tobytes() + fitted.codebooks[1].tobytes()
     assert hashlib.sha256(content).hexdigest() == other
-
-
-def cheapest_balanced_cost(costs: np.ndarray) -> float:
-    """By the assignment problem: one column per place, and stand-ins that may take only a cluster's last place."""
-    items, clusters = costs.shape
-    places = -(-items // clusters)
-    stand_in = np.where(np.tile(np.arange(places), clusters) == places - 1, 0.0, 1e6)
-    square = np.concatenate(
-        [np.repeat(costs, places, axis=1), np.tile(stand_in, (clusters * places - items, 1))], axis=0
-    )
-    return float(square[linear_sum_assignment(square)].sum())
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_balanced_assignment_is_the_cheapest(data: st.DataObject) -> None:
-    clusters = data.draw(st.integers(1, 6))
-    items = data.draw(st.integers(clusters, 20))
-    costs = data.draw(hypothesis_numpy.arrays(np.float64, (items, clusters), elements=st.floats(-5, 5, width=16)))
-    assigned = balanced_assignment(costs)
-    sizes = np.bincount(assigned, minlength=clusters)
-    assert sizes.min() >= items // clusters
-    assert sizes.max() <= -(-items // clusters)
-    assert costs[np.arange(items), assigned].sum() == pytest.approx(cheapest_balanced_cost(costs), abs=1e-6)
