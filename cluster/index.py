@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,10 @@ def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
         )
         encoder.save(folder / ENCODER_FOLDER)
         vectors = _vectors(settings, encoder, catalogue, sequences, folder)
-    quantizer = ResidualKMeans.fit(vectors, wanted.level_sizes, seed=settings.seed, balanced=wanted.balanced)
+    quantizer = ResidualKMeans.fit(
+        vectors, wanted.level_sizes, seed=settings.seed, balanced=wanted.balanced, rounds=wanted.rounds,
+        training_items_per_code=wanted.training_items_per_code, device=wanted.device,
+    )  # fmt: skip
     index = assign_semantic_ids(
         catalogue.item_ids, quantizer.training_codes_IH, wanted.level_sizes,
         spare_collision_codes=wanted.spare_collision_codes, codebooks=quantizer.codebooks,
@@ -90,9 +93,11 @@ def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
     colliding = int((index.lengths_I > index.levels).sum())
     summary |= {
         "version": index.version, "items": len(index), "colliding": colliding, "embedding": wanted.embedding,
-        "dimensions": vectors.shape[1], **level_figures(index),
+        "dimensions": vectors.shape[1], "clusters": [asdict(level) for level in quantizer.summaries],
+        **level_figures(index),
     }  # fmt: skip
     console.print(_table_of_text_and_vectors(summary, settings))
+    console.print(_table_of_clusters(quantizer))
     tracker.metrics(
         {f"index/{name.replace(' ', '_')}": count for name, count in summary.get("text", {}).items()}
         | {"index/colliding": colliding, "index/dimensions": vectors.shape[1]}
@@ -218,6 +223,17 @@ def level_figures(index: SemanticIdIndex) -> dict[str, Any]:
             )
     console.print(table)
     return figures
+
+
+def _table_of_clusters(quantizer: ResidualKMeans) -> Table:
+    """How each level of codes fits the vectors."""
+    table = Table(title="clusters")
+    for column in ("level", "codes used", "perplexity", "largest cluster", "mean squared residual"):
+        table.add_column(column, justify="right")
+    for level, fit in enumerate(quantizer.summaries):
+        used, error = f"{fit.codes_used} of {fit.codes}", f"{fit.mean_squared_residual:.4g}"
+        table.add_row(str(level + 1), used, f"{fit.perplexity:.1f}", str(fit.largest_cluster), error)
+    return table
 
 
 def _table_of_text_and_vectors(summary: dict[str, Any], settings: Settings) -> Table:

@@ -32,7 +32,7 @@ from item_index.vectors import read_vectors, write_vectors
 
 NEWCOMERS_FILE = "newcomers.parquet"
 # Settings of the index stage that may change between an index and its update: where work runs, and what is reserved.
-FREE_SETTINGS = {"distributed", "fusion", "spare_collision_codes"}
+FREE_SETTINGS = {"device", "distributed", "fusion", "spare_collision_codes"}
 
 
 def update_index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
@@ -127,7 +127,8 @@ def _newcomer_codes(
         return encode_newcomers(file, codebooks, settings.cluster)
     vectors = _widened(np.concatenate([block for _, block in encoded_blocks(encoder, newcomers)]), width)
     write_vectors(file, _blocks(newcomers.item_ids, vectors))
-    return ResidualKMeans(codebooks, np.zeros((0, len(codebooks)), dtype=np.int32), ()).encode(vectors)
+    quantizer = ResidualKMeans(codebooks, np.zeros((0, len(codebooks)), dtype=np.int32), ())
+    return quantizer.encode(vectors, device=settings.index.device)
 
 
 def _widened(text_ID: np.ndarray, width: int) -> np.ndarray:

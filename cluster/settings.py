@@ -96,6 +96,11 @@ class IndexSettings(Section):
         False, description="Embedding and endpoint calls as Ray Data jobs; the results are the same."
     )
     balanced: bool = Field(False, description="Clusters of equal size instead of plain k-means.")
+    rounds: int = Field(25, ge=1, description="Lloyd's rounds of a level at most.")
+    training_items_per_code: int | None = Field(
+        256, ge=1, description="Items per code that centroids are trained on at most, drawn by the seed; null is all."
+    )
+    device: str = Field("cpu", description="Torch device of the clustering, such as cpu or cuda.")
     spare_collision_codes: int = Field(8, ge=0, description="Collision codes reserved for items that come later.")
 
     @model_validator(mode="after")
