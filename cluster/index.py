@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -66,6 +67,9 @@ def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
             field="index.level_sizes", remedy="Ask for fewer codes.",
         )  # fmt: skip
     trained_encoder = _trained_encoder(settings)
+    # What a run with other settings left here must not be taken for this one's.
+    shutil.rmtree(folder / ENCODER_FOLDER, ignore_errors=True)
+    (folder / DESCRIPTIONS_FILE).unlink(missing_ok=True)
     session: Any = nullcontext()
     if wanted.distributed:
         from cluster.placement import ray_session  # Ray is imported by the stages that use it

@@ -1,4 +1,4 @@
-"""Imports between packages point one way, and the lower packages stay free of Ray and torch."""
+"""Imports between packages point one way; the lower packages stay free of Ray, and rewards and curriculum of torch."""
 
 from __future__ import annotations
 

@@ -118,11 +118,14 @@ def test_fused_descriptions_are_embedded_and_reviews_of_targets_are_not_read(
     assert again["text"]["cached"] == ITEMS - 1
     assert again["version"] == summary["version"]
     assert recorder.values["index/no_usable_review"] == 1
+    assert "s3cret" not in "".join(file.read_text() for file in folder.rglob("*.json*"))
     assert "fine" in json.loads((folder / "encoder" / "terms.json").read_text())
     assert not any(f"of {TARGET}," in body["messages"][1]["content"] for body in server.bodies)
     printed = capsys.readouterr().out
     assert "descriptions: no usable review" in printed
-    assert "s3cret" not in printed + "".join(file.read_text() for file in folder.glob("*.json"))
+    assert "s3cret" not in printed
+    run_index(tmp_path, **with_reviews())
+    assert not (folder / "descriptions.parquet").exists(), "without fusion there are none"
 
 
 def test_failures_are_shown_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("ray_cluster")]
 WORDS = ["drama", "steady", "evidence", "more", "mostly", "intent", "history", "Ünïcode"]
 # Two actors on two CPUs: all of them are taken.
 CLUSTER = ClusterSettings(index_workers=2, call_seconds=200)
+# A worker takes seconds to start, so there is one where it is not about sharing work out.
+ONE_WORKER = ClusterSettings(index_workers=1, call_seconds=200)
 
 
 def items_of(count: int) -> Catalogue:
@@ -46,10 +48,10 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(index_jobs, "QUESTIONS", 3)
 
 
-def expect_the_same_vectors(encoder: Encoder, items: Catalogue, folder: Path) -> None:
+def expect_the_same_vectors(encoder: Encoder, items: Catalogue, folder: Path, cluster: ClusterSettings) -> None:
     encoder.save(folder / "encoder")
     write_vectors(folder / "alone.parquet", encoded_blocks(encoder, items))
-    index_jobs.embed(items, folder / "encoder", folder / "jobs.parquet", CLUSTER)
+    index_jobs.embed(items, folder / "encoder", folder / "jobs.parquet", cluster)
     alone, jobs = (read_vectors(folder / name) for name in ("alone.parquet", "jobs.parquet"))
     assert jobs[0] == alone[0] == list(items.item_ids)
     np.testing.assert_array_equal(jobs[1], alone[1])
@@ -58,11 +60,12 @@ def expect_the_same_vectors(encoder: Encoder, items: Catalogue, folder: Path) ->
 
 def test_embedding_words_by_workers_is_embedding_them_in_one_process(small_blocks, tmp_path: Path) -> None:
     items = items_of(75)
-    expect_the_same_vectors(TfIdfEncoder.fit(items, dimensions=6, seed=0), items, tmp_path)
+    expect_the_same_vectors(TfIdfEncoder.fit(items, dimensions=6, seed=0), items, tmp_path, CLUSTER)
 
 
 def test_embedding_by_a_language_model_is_the_same_too(small_blocks, tiny, tmp_path: Path) -> None:
-    expect_the_same_vectors(LanguageModelEncoder(tiny.checkpoint, batch_tokens=300), items_of(40), tmp_path)
+    encoder = LanguageModelEncoder(tiny.checkpoint, batch_tokens=300)
+    expect_the_same_vectors(encoder, items_of(40), tmp_path, ONE_WORKER)
 
 
 def test_new_items_get_the_codes_that_one_process_gives(small_blocks, tmp_path: Path) -> None:
@@ -70,7 +73,7 @@ def test_new_items_get_the_codes_that_one_process_gives(small_blocks, tmp_path: 
     quantizer = ResidualKMeans.fit(generator.normal(size=(60, 4)).astype(np.float32), (6, 4, 3), seed=0)
     newcomers = generator.normal(size=(37, 4)).astype(np.float32)
     write_vectors(tmp_path / "new.parquet", [([f"new-{row}" for row in range(37)], newcomers)])
-    codes = index_jobs.encode_newcomers(tmp_path / "new.parquet", quantizer.codebooks, CLUSTER)
+    codes = index_jobs.encode_newcomers(tmp_path / "new.parquet", quantizer.codebooks, ONE_WORKER)
     assert codes.dtype == np.int32
     assert codes.shape == (37, 3)
     np.testing.assert_array_equal(codes, quantizer.encode(newcomers))
@@ -117,6 +120,6 @@ def test_what_a_worker_says_of_bad_input_reads_as_it_would_in_one_process(small_
         messages = []
         for by_workers in (False, True):
             with pytest.raises(InputError, match="refuses every request") as caught:
-                fused(endpoint, tmp_path / str(by_workers), by_workers=by_workers)
+                fused(endpoint, tmp_path / str(by_workers), by_workers=by_workers, cluster=ONE_WORKER)
             messages.append(str(caught.value))
     assert messages[0] == messages[1]
