@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +30,11 @@ from item_index.embedding import (
     encoded_blocks,
 )
 from item_index.input_error import InputError
-from item_index.quantizer import ResidualKMeans
 from item_index.semantic_ids import SemanticIdIndex, assign_semantic_ids
 from item_index.vectors import read_vectors, write_vectors
+
+if TYPE_CHECKING:
+    from item_index.quantizer import LevelSummary
 
 SINGLE_CHILD_WARNING = 0.5
 ENCODER_FOLDER, VECTORS_FILE, DESCRIPTIONS_FILE, FUSION_CACHE = (
@@ -84,6 +86,8 @@ def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
         )
         encoder.save(folder / ENCODER_FOLDER)
         vectors = _vectors(settings, encoder, catalogue, sequences, folder)
+    from item_index.quantizer import ResidualKMeans  # torch takes seconds to import
+
     quantizer = ResidualKMeans.fit(
         vectors, wanted.level_sizes, seed=settings.seed, balanced=wanted.balanced, rounds=wanted.rounds,
         training_items_per_code=wanted.training_items_per_code, device=wanted.device,
@@ -101,7 +105,7 @@ def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
         **level_figures(index),
     }  # fmt: skip
     console.print(_table_of_text_and_vectors(summary, settings))
-    console.print(_table_of_clusters(quantizer))
+    console.print(_table_of_clusters(quantizer.summaries))
     tracker.metrics(
         {f"index/{name.replace(' ', '_')}": count for name, count in summary.get("text", {}).items()}
         | {"index/colliding": colliding, "index/dimensions": vectors.shape[1]}
@@ -229,12 +233,12 @@ def level_figures(index: SemanticIdIndex) -> dict[str, Any]:
     return figures
 
 
-def _table_of_clusters(quantizer: ResidualKMeans) -> Table:
+def _table_of_clusters(summaries: Sequence[LevelSummary]) -> Table:
     """How each level of codes fits the vectors."""
     table = Table(title="clusters")
     for column in ("level", "codes used", "perplexity", "largest cluster", "mean squared residual"):
         table.add_column(column, justify="right")
-    for level, fit in enumerate(quantizer.summaries):
+    for level, fit in enumerate(summaries):
         used, error = f"{fit.codes_used} of {fit.codes}", f"{fit.mean_squared_residual:.4g}"
         table.add_row(str(level + 1), used, f"{fit.perplexity:.1f}", str(fit.largest_cluster), error)
     return table

@@ -26,7 +26,6 @@ from item_index.catalogue import Catalogue
 from item_index.embedding import encoded_blocks, load_encoder
 from item_index.growth import grow_index, newcomer_rows
 from item_index.input_error import InputError
-from item_index.quantizer import ResidualKMeans
 from item_index.semantic_ids import SemanticIdIndex
 from item_index.vectors import read_vectors, write_vectors
 
@@ -127,6 +126,8 @@ def _newcomer_codes(
         return encode_newcomers(file, codebooks, settings.cluster)
     vectors = _widened(np.concatenate([block for _, block in encoded_blocks(encoder, newcomers)]), width)
     write_vectors(file, _blocks(newcomers.item_ids, vectors))
+    from item_index.quantizer import ResidualKMeans  # torch takes seconds to import
+
     quantizer = ResidualKMeans(codebooks, np.zeros((0, len(codebooks)), dtype=np.int32), ())
     return quantizer.encode(vectors, device=settings.index.device)
 

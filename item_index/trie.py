@@ -14,8 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
-import torch
+import safetensors.numpy
 
 ROOT = 0
 NO_NODE = -1
@@ -105,18 +104,14 @@ class ItemTrie:
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the arrays as one safetensors file."""
-        # safetensors has no unsigned 16-bit type in every reader; the same bits travel as int16.
-        tensors = {name: torch.from_numpy(_signed(array)) for name, array in vars(self).items() if name in _FIELDS}
-        safetensors.torch.save_file(tensors, os.fspath(file), metadata={"code": self.code.dtype.name})
+        safetensors.numpy.save_file({name: getattr(self, name) for name in _FIELDS}, file)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> ItemTrie:
         """Map a file that `save` wrote into memory: pages are read when touched, and shared between processes."""
+        # By way of torch, which is imported only here: safetensors maps a file for torch and copies it for NumPy.
         with safetensors.safe_open(Path(file), framework="pt") as content:
-            dtype = np.dtype(content.metadata()["code"])
-            arrays = {name: content.get_tensor(name).numpy() for name in _FIELDS}
-        arrays["code"] = arrays["code"].view(dtype)
-        return cls(**arrays)
+            return cls(**{name: content.get_tensor(name).numpy() for name in _FIELDS})
 
     @property
     def nodes(self) -> int:
@@ -226,10 +221,6 @@ class ItemTrie:
 
 
 _FIELDS = ("child_start", "code", "level_start", "first_rank", "items_below", "item_of_rank", "rank_of_item")
-
-
-def _signed(array: np.ndarray) -> np.ndarray:
-    return array.view(np.int16) if array.dtype == np.uint16 else array
 
 
 def _checked(codes: np.ndarray, lengths: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:

@@ -64,7 +64,7 @@ def with_reviews() -> dict:
 def test_the_stage_leaves_index_encoder_and_vectors(tmp_path: Path) -> None:
     summary, folder, recorder = run_index(tmp_path)
     assert {path.name for path in folder.iterdir()} == {
-        "codebooks.safetensors", "encoder", "manifest.json", "semantic_ids.parquet", "vectors.parquet",
+        "current.json", "encoder", "settings.yaml", "vectors.parquet", "versions",
     }  # fmt: skip
     index = SemanticIdIndex.load(folder)
     item_ids, vectors = read_vectors(folder / "vectors.parquet")
@@ -89,10 +89,10 @@ def test_the_collaborative_block_comes_from_train_interactions(tmp_path: Path) -
 
 def test_a_language_model_embeds(tmp_path: Path, tiny) -> None:
     _, folder, _ = run_index(
-        tmp_path, "index.embedding=language_model", f"index.encoder_path={tiny.checkpoint}", "index.encoder_tokens=9"
+        tmp_path, "index.embedding=language_model", f"index.encoder_path={tiny.checkpoint}", "index.encoder_tokens=30"
     )
     catalogue, _ = read_data(load_settings(None, write_tables(tmp_path / "data")))
-    expected = LanguageModelEncoder(tiny.checkpoint, maximum_tokens=9).encode(catalogue)
+    expected = LanguageModelEncoder(tiny.checkpoint, maximum_tokens=30).encode(catalogue)
     np.testing.assert_array_equal(read_vectors(folder / "vectors.parquet")[1], expected)
 
 
