@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -144,7 +145,7 @@ def fit_balanced(rows_ND: torch.Tensor, start_KD: torch.Tensor, rounds: int) -> 
     for _ in range(rounds):
         centroids = Centroids.of(values_KD)
         held = [centroids.squared_distances(block) for block in rows_ND.split(BLOCK_ROWS)]
-        reached = even_prices(prices_K, lambda held=held: held, len(rows_ND), len(start_KD))
+        reached = even_prices(prices_K, partial(iter, held), len(rows_ND), len(start_KD))
         prices_K = reached.next_prices()
         values_KD = cluster_means(rows_ND, reached.codes_N, values_KD)
         if before_N is not None and torch.equal(reached.codes_N, before_N):

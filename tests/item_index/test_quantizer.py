@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 
 from item_index.input_error import InputError
-from item_index.kmeans import BLOCK_ROWS, fit_plain, nearest_codes, starting_centroids
+from item_index.kmeans import BLOCK_ROWS, fit_plain, move_idle_centroids, nearest_codes, starting_centroids
 from item_index.quantizer import ResidualKMeans
 
 
@@ -176,10 +176,37 @@ def test_the_error_never_rises_from_round_to_round() -> None:
     assert errors[-1] < 0.95 * errors[0]
 
 
-def test_a_code_that_loses_its_items_starts_again_at_the_farthest_item() -> None:
+def test_a_code_that_loses_its_items_starts_again_where_it_is_of_use() -> None:
     rows = torch.tensor([[0.0], [1.0], [10.0], [11.0], [30.0]])
     fitted = fit_plain(rows, torch.tensor([[0.5], [15.0], [-99.0]]), 10)
     assert sorted(fitted[:, 0].tolist()) == [0.5, 10.5, 30.0]
+
+
+def test_moved_centroids_lower_the_error_where_lloyds_rounds_are_stuck() -> None:
+    """20 centroids on an odd row each, the last with all the other rows: Lloyd's rounds change nothing."""
+    rows = np.random.default_rng(0).normal(size=(400, 30)).astype(np.float32)
+    rows[:20] *= 2.0
+    centroids = torch.from_numpy(np.concatenate([rows[:20], rows[20:].mean(axis=0, keepdims=True)]))
+
+    def nearest() -> tuple[torch.Tensor, torch.Tensor]:
+        closest = (torch.from_numpy(rows)[:, None] - centroids).square().sum(dim=2).min(dim=1)
+        return closest.values, closest.indices
+
+    distances, codes = nearest()
+    assert codes.tolist() == [*range(20), *[20] * 380]
+    assert move_idle_centroids(torch.from_numpy(rows), codes, distances, centroids) == 1
+    assert nearest()[0].sum() < distances.sum() - 100.0
+    fitted = fit_plain(torch.from_numpy(rows), centroids, 20)
+    sizes = torch.bincount(nearest_codes(torch.from_numpy(rows), fitted), minlength=21)
+    assert int(sizes.max()) < 100
+
+
+def test_centroids_that_are_of_use_stay() -> None:
+    rows = torch.tensor([[0.0], [1.0], [10.0], [11.0], [30.0]])
+    centroids = torch.tensor([[0.5], [10.5], [30.0]])
+    distances = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0])
+    assert move_idle_centroids(rows, torch.tensor([0, 0, 1, 1, 2]), distances, centroids) == 0
+    assert centroids[:, 0].tolist() == [0.5, 10.5, 30.0]
 
 
 def test_rounds_agree_with_lloyds_rounds_in_float64() -> None:
