@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from functools import partial
 
 import torch
 
