@@ -23,13 +23,15 @@ def made(settings):
     summaries = [
         json.loads((settings.folder / name / "stage.json").read_text())["summary"] for name in ("index", "corpus")
     ]
+    version = summaries[0]["version"]
+    earlier = {path for path in (settings.folder / "index" / "versions").iterdir() if path.name != version}
     files = {
-        str(file.relative_to(settings.folder)): file.read_bytes()
+        str(file.relative_to(settings.folder)).replace(version, "VERSION"): file.read_bytes()
         for name in ("index", "corpus")
         for file in sorted((settings.folder / name).rglob("*"))
-        if file.is_file() and file.name != "stage.json"
+        if file.is_file() and file.name != "stage.json" and not earlier & set(file.parents)
     }
-    return summaries[0]["version"], summaries[1]["split_fingerprint"], files
+    return version, summaries[1]["split_fingerprint"], files
 
 
 def test_a_seed_fixes_split_and_index_and_another_seed_gives_others(run):
