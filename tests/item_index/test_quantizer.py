@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 
 from item_index.input_error import InputError
-from item_index.kmeans import BLOCK_ROWS, fit_plain, move_idle_centroids, nearest_codes, starting_centroids
+from item_index.kmeans import BLOCK_ROWS, MOST_SAVED, fit_plain, move_idle_centroids, nearest_codes, starting_centroids
 from item_index.quantizer import ResidualKMeans
 
 
@@ -105,10 +105,11 @@ def test_senseless_level_sizes_are_refused(sizes: tuple[int, ...]) -> None:
         ResidualKMeans.fit(clustered(), sizes, seed=0)
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
-    vectors = clustered()
-    vectors[7, 2] = np.nan
-    with pytest.raises(InputError, match="row 7"):
+@pytest.mark.parametrize("row", [7, BLOCK_ROWS + 5])
+def test_values_that_are_not_finite_are_refused(row: int) -> None:
+    vectors = clustered(2 * BLOCK_ROWS)
+    vectors[row, 2] = np.nan
+    with pytest.raises(InputError, match=f"row {row} "):
         ResidualKMeans.fit(vectors, (4,), seed=0)
 
 
@@ -199,6 +200,19 @@ def test_moved_centroids_lower_the_error_where_lloyds_rounds_are_stuck() -> None
     fitted = fit_plain(torch.from_numpy(rows), centroids, 20)
     sizes = torch.bincount(nearest_codes(torch.from_numpy(rows), fitted), minlength=21)
     assert int(sizes.max()) < 100
+
+
+def test_a_centroid_stays_where_a_second_one_elsewhere_saves_less() -> None:
+    """Noise in 50 dimensions has no direction that saves much, though the cluster's total is large."""
+    rows = np.random.default_rng(0).normal(size=(43, 50)).astype(np.float32)
+    rows[40:] = 1.5
+    centroids = torch.from_numpy(np.stack([rows[:40].mean(axis=0), rows[40]]))
+    distances = (torch.from_numpy(rows)[:, None] - centroids).square().sum(dim=2)
+    cost_without = float(distances[40:, 0].sum())
+    assert cost_without < MOST_SAVED * float(distances[:40, 0].sum())  # so it is looked at
+    nearest = distances.min(dim=1)
+    assert nearest.indices.tolist() == [0] * 40 + [1] * 3
+    assert move_idle_centroids(torch.from_numpy(rows), nearest.indices, nearest.values, centroids) == 0
 
 
 def test_centroids_that_are_of_use_stay() -> None:
