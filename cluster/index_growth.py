@@ -63,9 +63,7 @@ def update_index_stage(settings: Settings, folder: Path, tracker: Tracker) -> di
             catalogue, summary["text"] = fused_catalogue(settings, catalogue, sequences, folder)
         newcomers = newcomer_rows(index, catalogue.item_ids)
         codes = _newcomer_codes(settings, catalogue.select(newcomers), index.codebooks, folder)
-    growth = grow_index(
-        index, catalogue.item_ids, codes, spare_collision_codes=settings.index.spare_collision_codes
-    )  # fmt: skip
+    growth = grow_index(index, catalogue.item_ids, codes, spare_collision_codes=settings.index.spare_collision_codes)
     _merge_vectors(growth.index, folder)
     growth.index.save(folder)
     counts = {"added": growth.added, "returned": growth.returned, "retired": growth.retired}
@@ -116,25 +114,22 @@ def _newcomer_codes(
     file.unlink(missing_ok=True)
     if not len(newcomers):
         return np.zeros((0, len(codebooks)), dtype=np.int32)
-    encoder = load_encoder(folder / ENCODER_FOLDER)
     if settings.index.distributed:
         from cluster.index_jobs import embed, encode_newcomers
 
         embed(newcomers, folder / ENCODER_FOLDER, file, settings.cluster)
-        vectors = _widened(read_vectors(file)[1], width)
-        write_vectors(file, _blocks(newcomers.item_ids, vectors))
-        return encode_newcomers(file, codebooks, settings.cluster)
-    vectors = _widened(np.concatenate([block for _, block in encoded_blocks(encoder, newcomers)]), width)
+    else:
+        write_vectors(file, encoded_blocks(load_encoder(folder / ENCODER_FOLDER), newcomers))
+    text_ID = read_vectors(file)[1]
+    # The text block, and zeros for the collaborative one.
+    vectors = np.pad(text_ID, ((0, 0), (0, width - text_ID.shape[1])))
     write_vectors(file, _blocks(newcomers.item_ids, vectors))
+    if settings.index.distributed:
+        return encode_newcomers(file, codebooks, settings.cluster)
     from item_index.quantizer import ResidualKMeans  # torch takes seconds to import
 
     quantizer = ResidualKMeans(codebooks, np.zeros((0, len(codebooks)), dtype=np.int32), ())
     return quantizer.encode(vectors, device=settings.index.device)
-
-
-def _widened(text_ID: np.ndarray, width: int) -> np.ndarray:
-    """The text block, and zeros for the collaborative one."""
-    return np.pad(text_ID, ((0, 0), (0, width - text_ID.shape[1])))
 
 
 def _merge_vectors(index: SemanticIdIndex, folder: Path) -> None:

@@ -147,3 +147,15 @@ def test_an_item_that_all_chains_know_outranks_one_that_a_single_chain_prefers()
     merged, merged_scores = merge_chains(items, scores, np.array([0, 0]), users=1, width=3)
     assert merged.tolist() == [[1, 0, 2]]
     np.testing.assert_allclose(np.exp(merged_scores), [[0.4, 0.3, 0.1]], rtol=1e-5)
+
+
+def test_more_answers_than_items_give_fewer(tiny):
+    """Asked for more than exist, beam search leaves places empty and never invents an item."""
+    prompt = np.array(tiny.builder.prompt([1, 2], "direct"))
+    seen = np.arange(3, len(tiny.index))
+    items, scores = beam_search(
+        tiny.model, tiny.constraint, [prompt], [seen], width=10, terminator=tiny.constraint.tokens.end_of_sequence
+    )
+    assert sorted(items[0, :3].tolist()) == [0, 1, 2]
+    assert (items[0, 3:] == -1).all()
+    assert np.isfinite(scores[0, :3]).all()

@@ -163,17 +163,3 @@ def test_an_empty_allowed_set_names_the_prefix_and_the_version():
             torch.zeros(2, 10), torch.from_numpy(trie.walk(np.array([[3], [0]]))),
             uniform_B=torch.zeros(2, dtype=torch.float64), excluded=ExcludedItems.of(trie, [None, [0, 1]]),
         )  # fmt: skip
-
-
-def test_more_answers_than_items_give_fewer(tiny):
-    """Asked for more than exist, beam search leaves places empty and never invents an item."""
-    from evaluation.ranking import beam_search
-
-    prompt = np.array(tiny.builder.prompt([1, 2], "direct"))
-    seen = np.arange(3, len(tiny.index))
-    items, scores = beam_search(
-        tiny.model, tiny.constraint, [prompt], [seen], width=10, terminator=tiny.constraint.tokens.end_of_sequence
-    )
-    assert sorted(items[0, :3].tolist()) == [0, 1, 2]
-    assert (items[0, 3:] == -1).all()
-    assert np.isfinite(scores[0, :3]).all()
