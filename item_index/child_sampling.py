@@ -1,8 +1,11 @@
 """Sampling the next code of semantic IDs from the trie's children alone, without touching the rest of the vocabulary.
 
-At a trie node only the node's children may follow. So only their logits are gathered, renormalised and sampled: about
-0.2 KB a row instead of the 612 KB of a full row of 153k logits. The gather is ragged, so a node with few children costs
-little however many children another node of the same level has. One code path of torch operations serves CPU and GPU.
+At a trie node only the node's children may follow. So only their logits are gathered, renormalised and sampled: 4 bytes
+a child, at most 1 KB a row where codes are 256, instead of the 612 KB of a full row of 153k logits. The gather is
+ragged, so a node with few children costs little however many children another node of the same level has.
+
+Two implementations of the same formula: torch operations for any device, and a compiled loop for the CPU, where the
+arrays are too small for the operations to pay.
 """
 
 from __future__ import annotations
@@ -13,8 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from item_index.child_sampling_loop import EVERY_ROW_SAMPLED, sample_rows
 from item_index.exclusion import ExcludedItems
 from item_index.trie import NO_NODE, ItemTrie
+
+NO_TOKEN = -1
+NOTHING_EXCLUDED = np.zeros(0, dtype=np.int64)
 
 
 class NothingAllowed(ValueError):
@@ -46,20 +53,27 @@ class ChildSampler:
         *,
         index_version: str,
         device: torch.device | str = "cpu",
+        compiled: bool | None = None,
     ) -> None:
         """Args:
         code_tokens: per level, the token (a column of the logits) of each code.
         index_version: named in errors.
         device: where the logits will be.
+        compiled: whether float32 and float64 logits are sampled by the compiled loop, which runs on the CPU alone; None
+            where the device is the CPU.
 
         On the CPU the trie's arrays are shared, not copied.
         """
         self.trie, self.index_version, self.device = trie, index_version, torch.device(device)
+        self.compiled = self.device.type == "cpu" if compiled is None else compiled
+        if self.compiled and self.device.type != "cpu":
+            raise ValueError(f"the compiled loop runs on the CPU, not on {self.device}")
         self._child_start = torch.from_numpy(trie.child_start).to(self.device)
         code = trie.code.astype(np.int32) if trie.code.dtype == np.uint16 else trie.code  # torch gathers no uint16
         self._code = torch.from_numpy(code).to(self.device)
         # The first node of levels 1 to depth - 1; nodes of the last level have no children.
         self._level_start = torch.from_numpy(trie.level_start[1:-2].copy()).to(self.device)
+        self._largest_token = max(int(tokens.max()) for tokens in code_tokens[: trie.depth])
         first_tokens = np.array([tokens[0] for tokens in code_tokens[: trie.depth]], dtype=np.int64)
         in_order = all((np.diff(tokens) == 1).all() for tokens in code_tokens)
         widest = max(len(tokens) for tokens in code_tokens)
@@ -70,7 +84,7 @@ class ChildSampler:
         self._token_base = torch.from_numpy(first_tokens if in_order else np.arange(trie.depth) * widest).to(
             self.device
         )
-        self._token_table = None if in_order else torch.from_numpy(table.reshape(-1)).to(self.device)
+        self._token_table = torch.from_numpy(table.reshape(-1)[: 0 if in_order else None]).to(self.device)
 
     def sample_children(
         self,
@@ -95,6 +109,59 @@ class ChildSampler:
 
         Raises NothingAllowed, naming the prefix and the index version, where nothing may follow.
         """
+        if self.compiled and logits_BV.dtype in (torch.float32, torch.float64):
+            return self._sample_by_loop(logits_BV, nodes_B, uniform_B, temperature, terminator, excluded)
+        return self._sample_by_operations(logits_BV, nodes_B, uniform_B, temperature, terminator, excluded)
+
+    def _nothing_allowed(self, row: int, nodes_B: torch.Tensor) -> NothingAllowed:
+        return NothingAllowed(
+            f"row {row}: nothing may follow the codes {list(self.trie.prefix(int(nodes_B[row])))} in index version "
+            f"{self.index_version}: all items below are excluded, or none is longer"
+        )
+
+    def _sample_by_loop(
+        self,
+        logits_BV: torch.Tensor,
+        nodes_B: torch.Tensor,
+        uniform_B: torch.Tensor,
+        temperature: float,
+        terminator: int | None,
+        excluded: ExcludedItems | None,
+    ) -> SampledChildren:
+        trie, batch = self.trie, len(nodes_B)
+        # The loop does not look at bounds.
+        largest_token = max(self._largest_token, NO_TOKEN if terminator is None else terminator)
+        if largest_token >= logits_BV.shape[1] or not batch == len(logits_BV) == len(uniform_B):
+            raise ValueError(
+                f"{batch} nodes and {len(uniform_B)} random values need logits [{batch}, more than {largest_token}], "
+                f"got {list(logits_BV.shape)}"
+            )
+        if batch and not 0 <= int(nodes_B.min()) <= int(nodes_B.max()) < trie.nodes:
+            raise IndexError(f"nodes must be in 0..{trie.nodes - 1}, got {int(nodes_B.min())}..{int(nodes_B.max())}")
+        children, tokens = np.empty((2, batch), dtype=np.int64)
+        log_probabilities = np.empty(batch, dtype=np.float32)
+        failed = sample_rows(
+            trie.child_start, trie.code, trie.first_rank, trie.items_below, self._level_start.numpy(),
+            self._token_base.numpy(), self._token_table.numpy(), logits_BV.detach().numpy(), nodes_B.numpy(),
+            uniform_B.numpy(), temperature, NO_TOKEN if terminator is None else terminator,
+            NOTHING_EXCLUDED if excluded is None else excluded.keys,
+            trie.items if excluded is None else excluded.stride,
+            np.empty(trie.largest_fan_out + 1, dtype=np.int64), np.empty(trie.largest_fan_out + 1), children, tokens,
+            log_probabilities,
+        )  # fmt: skip
+        if failed != EVERY_ROW_SAMPLED:
+            raise self._nothing_allowed(failed, nodes_B)
+        return SampledChildren(*map(torch.from_numpy, (children, tokens, log_probabilities)))
+
+    def _sample_by_operations(
+        self,
+        logits_BV: torch.Tensor,
+        nodes_B: torch.Tensor,
+        uniform_B: torch.Tensor,
+        temperature: float,
+        terminator: int | None,
+        excluded: ExcludedItems | None,
+    ) -> SampledChildren:
         # index_select throughout: it gathers several times faster than indexing with brackets.
         first = self._child_start.index_select(0, nodes_B).long()
         counts = self._child_start.index_select(0, nodes_B + 1).long() - first
@@ -103,7 +170,7 @@ class ChildSampler:
         children = torch.arange(len(rows), device=self.device) + (first - offsets + counts).index_select(0, rows)
         token_base = self._token_base.index_select(0, torch.bucketize(nodes_B, self._level_start, right=True))
         columns = token_base.index_select(0, rows) + self._code.index_select(0, children).long()
-        if self._token_table is not None:
+        if len(self._token_table):
             columns = self._token_table.index_select(0, columns)
         if excluded is not None and len(excluded):
             open_ = excluded.open(self.trie, rows.cpu().numpy(), children.cpu().numpy())
@@ -116,10 +183,7 @@ class ChildSampler:
             offsets = torch.cumsum(counts, 0)
         if not bool(counts.all()):
             row = int((counts == 0).nonzero()[0])
-            raise NothingAllowed(
-                f"row {row}: nothing may follow the codes {list(self.trie.prefix(int(nodes_B[row])))} in index version "
-                f"{self.index_version}: all items below are excluded, or none is longer"
-            )
+            raise self._nothing_allowed(row, nodes_B)
 
         vocabulary = logits_BV.shape[1]
         values = logits_BV.reshape(-1).index_select(0, rows * vocabulary + columns).double()

@@ -39,13 +39,18 @@ def expected_distribution(rows, prefix, excluded, logits, code_tokens, *, termin
     return dict(zip(allowed, weights / weights.sum(), strict=True))
 
 
+# The compiled loop and the torch operations are two implementations of one formula.
+both_implementations = pytest.mark.parametrize("compiled", [True, False])
+
+
+@both_implementations
 @given(ROWS, st.integers(0, 2**32 - 1), st.booleans(), st.booleans(), st.sampled_from([1.0, 0.5]))
-def test_the_shares_of_the_randomness_are_the_probabilities(rows, seed, in_order, terminator, temperature):
+def test_the_shares_of_the_randomness_are_the_probabilities(compiled, rows, seed, in_order, terminator, temperature):
     """A fine grid of uniform values falls on each token as often as its probability says."""
     generator = np.random.default_rng(seed)
     trie = build(rows)
     code_tokens = tokens_of_codes(generator, in_order=in_order)
-    sampler = ChildSampler(trie, code_tokens, index_version="v1")
+    sampler = ChildSampler(trie, code_tokens, index_version="v1", compiled=compiled)
     prefix = generator.choice(len(rows))
     prefix = rows[prefix][: generator.integers(0, len(rows[prefix]) + 1)]
     excluded = generator.permutation(len(rows))[: generator.integers(0, len(rows))].tolist()
@@ -87,13 +92,15 @@ def test_the_shares_of_the_randomness_are_the_probabilities(rows, seed, in_order
             assert trie.prefix(child) == (*prefix, code)
 
 
+@both_implementations
 @given(ROWS, st.integers(0, 2**32 - 1))
-def test_a_batch_of_different_nodes_is_each_row_by_itself(rows, seed):
+def test_a_batch_of_different_nodes_is_each_row_by_itself(compiled, rows, seed):
     generator = np.random.default_rng(seed)
     trie = build([(*row, 0) for row in rows])  # no item begins another, and inner nodes all go on
     inner = np.flatnonzero(trie.child_count(np.arange(trie.nodes)) > 0)
     nodes = torch.from_numpy(generator.choice(inner, size=20))
-    sampler = ChildSampler(trie, [*tokens_of_codes(generator, in_order=True), np.arange(34, 40)], index_version="v1")
+    code_tokens = [*tokens_of_codes(generator, in_order=True), np.arange(34, 40)]
+    sampler = ChildSampler(trie, code_tokens, index_version="v1", compiled=compiled)
     # Logits whose scales differ by orders of magnitude between rows must not disturb one another.
     logits = torch.from_numpy(generator.normal(size=(20, VOCABULARY)) * 10.0 ** generator.integers(-2, 3, (20, 1)))
     uniform = torch.from_numpy(generator.random(20))
@@ -103,6 +110,50 @@ def test_a_batch_of_different_nodes_is_each_row_by_itself(rows, seed):
         assert alone.tokens[0] == together.tokens[row]
         assert alone.nodes[0] == together.nodes[row]
         torch.testing.assert_close(alone.log_probabilities[0], together.log_probabilities[row])
+
+
+@given(ROWS, st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
+def test_the_compiled_loop_samples_what_the_torch_operations_sample(rows, seed, in_order, dtype):
+    """Rows of one batch at different nodes with different excluded items."""
+    generator = np.random.default_rng(seed)
+    trie = build(rows)
+    code_tokens = tokens_of_codes(generator, in_order=in_order)
+    excluded = ExcludedItems.of(
+        trie, [generator.permutation(len(rows))[: generator.integers(0, len(rows))].tolist() for _ in range(20)]
+    )
+    nodes = generator.integers(0, trie.nodes, 20)
+    open_rows = excluded.open(trie, np.arange(20), nodes)
+    if not open_rows.all():  # such a row is an error, which other tests are about
+        nodes[~open_rows] = 0
+    arguments = {
+        "logits_BV": torch.from_numpy(generator.normal(size=(20, VOCABULARY)) * 3).to(dtype),
+        "nodes_B": torch.from_numpy(nodes), "uniform_B": torch.from_numpy(generator.random(20)),
+        "temperature": 0.7, "terminator": TERMINATOR, "excluded": excluded,
+    }  # fmt: skip
+    by_loop, by_operations = (
+        ChildSampler(trie, code_tokens, index_version="v1", compiled=compiled).sample_children(**arguments)
+        for compiled in (True, False)
+    )
+    assert by_loop.nodes.tolist() == by_operations.nodes.tolist()
+    assert by_loop.tokens.tolist() == by_operations.tokens.tolist()
+    torch.testing.assert_close(by_loop.log_probabilities, by_operations.log_probabilities)
+
+
+def test_the_compiled_loop_is_refused_elsewhere_than_on_the_cpu():
+    with pytest.raises(ValueError, match="runs on the CPU, not on meta"):
+        ChildSampler(build([(0,)]), [np.arange(5)], index_version="v1", device="meta", compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "columns", "message"),
+    [([NO_NODE], 10, r"0\.\.2, got -1\.\.-1"), ([3], 10, r"0\.\.2, got 3"), ([0], 9, r"more than 9\], got \[1, 9\]")],
+)
+def test_what_lies_outside_of_the_arrays_is_refused(nodes, columns, message):
+    sampler = ChildSampler(build([(0, 1)]), [np.arange(5), np.arange(5, 10)], index_version="v1")
+    with pytest.raises((ValueError, IndexError), match=message):
+        sampler.sample_children(
+            torch.zeros(1, columns), torch.tensor(nodes), uniform_B=torch.zeros(1, dtype=torch.float64)
+        )
 
 
 def test_whole_items_are_drawn_as_enumeration_says():
@@ -155,9 +206,10 @@ def test_whole_items_are_drawn_as_enumeration_says():
     assert chisquare(counts[kept], probabilities[kept] * draws).pvalue > 0.001
 
 
-def test_an_empty_allowed_set_names_the_prefix_and_the_version():
+@both_implementations
+def test_an_empty_allowed_set_names_the_prefix_and_the_version(compiled):
     trie = build([(0, 1), (0, 2), (3, 0)])
-    sampler = ChildSampler(trie, [np.arange(5), np.arange(5, 10)], index_version="4f1c")
+    sampler = ChildSampler(trie, [np.arange(5), np.arange(5, 10)], index_version="4f1c", compiled=compiled)
     with pytest.raises(NothingAllowed, match=r"row 1: nothing may follow the codes \[0\] in index version 4f1c"):
         sampler.sample_children(
             torch.zeros(2, 10), torch.from_numpy(trie.walk(np.array([[3], [0]]))),
