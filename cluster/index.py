@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from item_index.embedding import (
 )
 from item_index.input_error import InputError
 from item_index.semantic_ids import SemanticIdIndex, assign_semantic_ids
-from item_index.vectors import read_vectors, write_vectors
+from item_index.vectors import read_vectors, vector_blocks, write_vectors
 
 if TYPE_CHECKING:
     from item_index.quantizer import LevelSummary
@@ -40,9 +40,8 @@ SINGLE_CHILD_WARNING = 0.5
 ENCODER_FOLDER, VECTORS_FILE, DESCRIPTIONS_FILE, FUSION_CACHE = (
     "encoder", "vectors.parquet", "descriptions.parquet", "fusion",
 )  # fmt: skip
-# Vectors of one row group.
-VECTOR_ROWS = 16_384
 SETTINGS_FILE = "settings.yaml"  # of the index alone: an update must be made with the same ones
+STAGE_FILE = "stage.json"  # in every stage's folder once the stage has finished
 
 
 def read_data(settings: Settings) -> tuple[Catalogue, UserSequences]:
@@ -70,7 +69,8 @@ def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
         )  # fmt: skip
     trained_encoder = _trained_encoder(settings)
     # What a run with other settings left here must not be taken for this one's.
-    shutil.rmtree(folder / ENCODER_FOLDER, ignore_errors=True)
+    if (folder / ENCODER_FOLDER).is_dir():
+        shutil.rmtree(folder / ENCODER_FOLDER)
     (folder / DESCRIPTIONS_FILE).unlink(missing_ok=True)
     session: Any = nullcontext()
     if wanted.distributed:
@@ -151,7 +151,7 @@ def fused_catalogue(
     if fused.counts["failed"]:
         console.print(
             f"fusion: {fused.counts['failed']} items keep their raw description; to ask for them again, remove "
-            f"{folder / 'stage.json'} and run the stage once more"
+            f"{folder / STAGE_FILE} and give the same command once more"
         )
     return replace(catalogue, descriptions=fused.descriptions), fused.counts
 
@@ -200,12 +200,7 @@ def _vectors(
         sequences.train_matrix(len(catalogue)), dimensions=wanted.collaborative_dimensions, seed=settings.seed
     )
     fused = fuse(vectors, collaborative, weight=wanted.collaborative_weight)
-
-    def blocks() -> Iterator[tuple[tuple[str | int, ...], np.ndarray]]:
-        for start in range(0, len(fused), VECTOR_ROWS):
-            yield catalogue.item_ids[start : start + VECTOR_ROWS], fused[start : start + VECTOR_ROWS]
-
-    write_vectors(file, blocks())
+    write_vectors(file, vector_blocks(catalogue.item_ids, fused))
     return fused
 
 

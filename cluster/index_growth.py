@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import yaml
 from cluster.index import (
     ENCODER_FOLDER,
     SETTINGS_FILE,
-    VECTOR_ROWS,
+    STAGE_FILE,
     VECTORS_FILE,
     fused_catalogue,
     level_figures,
@@ -27,7 +26,7 @@ from item_index.embedding import encoded_blocks, load_encoder
 from item_index.growth import grow_index, newcomer_rows
 from item_index.input_error import InputError
 from item_index.semantic_ids import SemanticIdIndex
-from item_index.vectors import read_vectors, write_vectors
+from item_index.vectors import read_vectors, vector_blocks, write_vectors
 
 NEWCOMERS_FILE = "newcomers.parquet"
 # Settings of the index stage that may change between an index and its update: where work runs, and what is reserved.
@@ -64,6 +63,8 @@ def update_index_stage(settings: Settings, folder: Path, tracker: Tracker) -> di
         newcomers = newcomer_rows(index, catalogue.item_ids)
         codes = _newcomer_codes(settings, catalogue.select(newcomers), index.codebooks, folder)
     growth = grow_index(index, catalogue.item_ids, codes, spare_collision_codes=settings.index.spare_collision_codes)
+    # Until here nothing of the former index was touched, so a refused or failed update leaves it in use.
+    (folder / STAGE_FILE).unlink(missing_ok=True)
     _merge_vectors(growth.index, folder)
     growth.index.save(folder)
     counts = {"added": growth.added, "returned": growth.returned, "retired": growth.retired}
@@ -123,9 +124,9 @@ def _newcomer_codes(
     text_ID = read_vectors(file)[1]
     # The text block, and zeros for the collaborative one.
     vectors = np.pad(text_ID, ((0, 0), (0, width - text_ID.shape[1])))
-    write_vectors(file, _blocks(newcomers.item_ids, vectors))
+    write_vectors(file, vector_blocks(newcomers.item_ids, vectors))
     if settings.index.distributed:
-        return encode_newcomers(file, codebooks, settings.cluster)
+        return encode_newcomers(file, codebooks, settings.cluster, device=settings.index.device)
     from item_index.quantizer import ResidualKMeans  # torch takes seconds to import
 
     quantizer = ResidualKMeans(codebooks, np.zeros((0, len(codebooks)), dtype=np.int32), ())
@@ -141,10 +142,5 @@ def _merge_vectors(index: SemanticIdIndex, folder: Path) -> None:
         known_ids, known = [*known_ids, *fresh_ids], np.concatenate([known, fresh])
     place = {item_id: row for row, item_id in enumerate(known_ids)}
     ordered = (*index.item_ids, *index.retired_ids)
-    write_vectors(folder / VECTORS_FILE, _blocks(ordered, known[[place[item_id] for item_id in ordered]]))
+    write_vectors(folder / VECTORS_FILE, vector_blocks(ordered, known[[place[item_id] for item_id in ordered]]))
     newcomers.unlink(missing_ok=True)
-
-
-def _blocks(item_ids: tuple[str | int, ...], vectors: np.ndarray) -> Iterator[tuple[tuple[str | int, ...], np.ndarray]]:
-    for start in range(0, len(vectors), VECTOR_ROWS):
-        yield item_ids[start : start + VECTOR_ROWS], vectors[start : start + VECTOR_ROWS]

@@ -104,13 +104,16 @@ def ask_by_workers(
     }
 
 
-def encode_newcomers(vectors_file: Path, codebooks: Sequence[np.ndarray], cluster: ClusterSettings) -> np.ndarray:
+def encode_newcomers(
+    vectors_file: Path, codebooks: Sequence[np.ndarray], cluster: ClusterSettings, *, device: str = "cpu"
+) -> np.ndarray:
     """int32 [items, H]: the nearest centroid level by level of every vector in a file, as `ResidualKMeans.encode`.
 
     Args:
         vectors_file: as `write_vectors` writes it, of the width of the codebooks.
         codebooks: per level, float32 [K_l, D]; they reach the workers through the object store.
-        cluster: number of workers, their CPUs, deadlines.
+        cluster: number of workers, their CPUs and, where the device is not the CPU, GPUs; deadlines.
+        device: of the distances.
     """
 
     def blocks() -> Iterator[pa.Table]:
@@ -120,8 +123,8 @@ def encode_newcomers(vectors_file: Path, codebooks: Sequence[np.ndarray], cluste
     shared = ray.put(list(codebooks))
     with tempfile.TemporaryDirectory(dir=vectors_file.parent, prefix="encoding-", ignore_cleanup_errors=True) as work:
         parts = _run(
-            "encoding", blocks(), Path(work), _QuantizerWorker, ([shared], cluster.start_seconds), cluster,
-            workers=cluster.index_workers,
+            "encoding", blocks(), Path(work), _QuantizerWorker, ([shared], device, cluster.start_seconds), cluster,
+            workers=cluster.index_workers, gpus=0 if device == "cpu" else cluster.index_worker_gpus,
         )  # fmt: skip
         return np.concatenate([_matrix(pq.read_table(part)["codes"]) for part in parts])
 
@@ -175,12 +178,13 @@ class _AskingWorker(_BlockWorker):
 
 
 class _QuantizerWorker(_BlockWorker):
-    def __init__(self, codebooks: list[ray.ObjectRef], seconds: float) -> None:
+    def __init__(self, codebooks: list[ray.ObjectRef], device: str, seconds: float) -> None:
+        self._device = device
         books = tuple(ray.get(codebooks[0], timeout=seconds))
         self._quantizer = ResidualKMeans(books, np.zeros((0, len(books)), dtype=np.int32), ())
 
     def work(self, block: pa.Table) -> pa.Table:
-        return pa.table({"codes": _lists(self._quantizer.encode(_matrix(block[VECTOR_FIELD])))})
+        return pa.table({"codes": _lists(self._quantizer.encode(_matrix(block[VECTOR_FIELD]), device=self._device))})
 
 
 def _run(

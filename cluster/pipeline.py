@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cluster.index import index_stage, read_data
+from cluster.index import STAGE_FILE, index_stage, read_data
 from cluster.index_growth import update_index_stage
 from cluster.progress import console
 from cluster.settings import Settings
@@ -139,7 +139,7 @@ def fingerprint(settings: Settings, name: str) -> str:
 
 def is_current(settings: Settings, name: str) -> bool:
     """Whether the stage's folder was finished with the same fingerprint."""
-    marker = settings.folder / STAGES[name].folder / "stage.json"
+    marker = settings.folder / STAGES[name].folder / STAGE_FILE
     return marker.is_file() and json.loads(marker.read_text())["fingerprint"] == fingerprint(settings, name)
 
 
@@ -165,13 +165,16 @@ def run_stages(settings: Settings, names: list[str], *, update_index: bool = Fal
         started = time.monotonic()
         folder = settings.folder / STAGES[name].folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stage.json").unlink(missing_ok=True)
+        run = STAGES[name].run
+        if update_index and name == "index":
+            run = update_index_stage  # it takes the marker away when it begins to write
+        else:
+            (folder / STAGE_FILE).unlink(missing_ok=True)
         (settings.folder / "settings.yaml").write_text(settings.dump())
-        run = update_index_stage if update_index and name == "index" else STAGES[name].run
         with tracked(settings, name) as tracker:
             summary = run(settings, folder, tracker)
             seconds = time.monotonic() - started
             tracker.metrics({"seconds": seconds})
         marker = {"fingerprint": wanted, "seconds": seconds, "summary": summary}
-        (folder / "stage.json").write_text(json.dumps(marker, indent=2))
+        (folder / STAGE_FILE).write_text(json.dumps(marker, indent=2))
         console.print(f"{name}: done in {seconds:.0f} s")

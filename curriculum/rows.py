@@ -84,6 +84,20 @@ def _with_dense_history(
 
 
 @dataclass(frozen=True)
+class UserText:
+    """What a user wants at one place of the sequences, in words; `position` is the target's place in the flat items.
+
+    Attributes:
+        preference: what the history says about the user; written without sight of the target.
+        query: what kind of item is sought, in the user's voice; never the target's title.
+    """
+
+    position: int
+    preference: str
+    query: str
+
+
+@dataclass(frozen=True)
 class ReasoningExample:
     """A train target with its trace as text; `position` is the target's place in the sequences' flat items."""
 

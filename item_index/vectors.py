@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from item_index.input_error import InputError
 
 ID_FIELD, VECTOR_FIELD = "item_id", "vector"
+GROUP_ROWS = 16_384  # of one row group
 _REMEDY = "Run the index stage anew."
 
 
@@ -59,6 +60,14 @@ def write_vectors(path: str | os.PathLike[str], blocks: Iterable[tuple[Sequence[
     if writer is None:
         raise ValueError("there are no vectors to write")
     os.replace(unfinished, target)
+
+
+def vector_blocks(
+    item_ids: Sequence[str | int], vectors_ID: np.ndarray
+) -> Iterator[tuple[Sequence[str | int], np.ndarray]]:
+    """An array in memory as the blocks that `write_vectors` takes."""
+    for start in range(0, len(vectors_ID), GROUP_ROWS):
+        yield item_ids[start : start + GROUP_ROWS], vectors_ID[start : start + GROUP_ROWS]
 
 
 def iterate_vectors(path: str | os.PathLike[str], *, rows: int = 65536) -> Iterator[tuple[list[str | int], np.ndarray]]:

@@ -100,12 +100,32 @@ def test_a_changed_catalogue_keeps_its_semantic_ids(run, tmp_path, capsys):
     assert semantic_ids(SemanticIdIndex.load(folder)) == codes_before
 
 
+@pytest.mark.engines
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_update_by_ray_data_jobs_gives_the_same_index(tmp_path):
+    written = []
+    for distributed in ("false", "true"):
+        data, run = tmp_path / f"data-{distributed}", f"run_folder={tmp_path / distributed}"
+        overrides = [*write_tables(data), run, "index.collaborative_weight=0.5"]
+        run_stages(load_settings(None, overrides), ["index"])
+        items, interactions = changed_tables()
+        write_tables(data, items=items, interactions=interactions)
+        run_stages(load_settings(None, [*overrides, f"index.distributed={distributed}"]), ["index"], update_index=True)
+        folder = tmp_path / distributed / "index"
+        written.append((SemanticIdIndex.load(folder).version, *read_vectors(folder / "vectors.parquet")))
+    assert written[0][:2] == written[1][:2]
+    np.testing.assert_array_equal(written[0][2], written[1][2])
+
+
 def test_an_update_needs_an_index_and_its_settings(run, tmp_path):
     change(tmp_path)
     other = load_settings(None, [*run, "index.level_sizes=[4,2,2]"])
     for _ in range(2):  # a refused update changes nothing that the next one looks at
         with pytest.raises(InputError, match=r"index.level_sizes is \[4, 2, 2\].*made with \[4, 3, 2\]"):
             run_stages(other, ["index"], update_index=True)
+    write_tables(tmp_path / "data")
+    assert is_current(load_settings(None, run), "index"), "what was refused leaves the index in use"
+    change(tmp_path)
     nowhere = load_settings(None, [*run, f"run_folder={tmp_path / 'nowhere'}"])
     with pytest.raises(InputError, match="holds no index"):
         run_stages(nowhere, ["index"], update_index=True)
