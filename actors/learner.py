@@ -1,4 +1,4 @@
-"""The learner actor: a DeepSpeed rank that trains the policy, supervised or by SRPO."""
+"""The learner actor: a DeepSpeed rank that trains the policy by SRPO."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import torch
 from transformers import AutoTokenizer
 
 from item_index.constraint import AnswerConstraint
-from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from learner.engine import LearnerEngine, initialize_process_group
 from learner.objective import ObjectiveSettings
 from learner.policy import Policy, load_language_model
 from learner.rollouts import RolloutBatch
 from learner.srpo import GroupPolicyLearner
-from learner.supervised import supervised_step
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -35,10 +33,6 @@ class LearnerRank:
         self.engine = LearnerEngine(Policy(load_language_model(model_folder)), **engine)
         self.group_policy: GroupPolicyLearner | None = None
         self.version = version
-
-    def supervised_step(self, tokens: RaggedArray, learnt: RaggedArray, micro_batch_tokens: int) -> dict[str, float]:
-        """One optimizer step on supervised rows."""
-        return supervised_step(self.engine, tokens, learnt, micro_batch_tokens=micro_batch_tokens)
 
     def prepare_srpo(self, index_folder: str, objective: dict[str, Any], **settings: Any) -> None:
         """Freeze a copy of the starting checkpoint as the reference and bind the constraint."""

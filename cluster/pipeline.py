@@ -49,7 +49,7 @@ def sft_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, A
     from cluster.sft import run_sft  # Ray, DeepSpeed and vLLM are imported by the stages that use them
 
     corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
-    summary = run_sft(settings, corpus, folder, tracker)
+    summary = run_sft(settings, corpus, folder, tracker, name=fingerprint(settings, "sft")[:16])
     console.print(
         f"sft: {summary['steps']} steps, {summary['tokens_per_second']:.0f} tokens/s, loss {summary['loss']:.3f}"
     )

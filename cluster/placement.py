@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,14 +37,8 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
         ray.shutdown()
 
 
-@contextmanager
-def engines_placed(settings: ClusterSettings) -> Iterator[PlacementGroup]:
-    """A placement group with bundle 0 for the learner and bundle 1 for the rollout engine.
-
-    Raises RuntimeError that says what was asked and what the cluster has when it is not ready by the deadline.
-    """
-    gpu = {"GPU": settings.gpus_per_engine} if settings.gpus_per_engine else {}
-    bundles = [{"CPU": settings.learner_cpus, **gpu}, {"CPU": settings.rollout_cpus, **gpu}]
+def require_resources(bundles: Sequence[dict[str, float]]) -> None:
+    """Raise RuntimeError that says what is asked for and what there is, where the cluster can never hold it."""
     total = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in bundles[0]}
     have = ray.cluster_resources()
     if any(have.get(key, 0) < amount for key, amount in total.items()):
@@ -53,6 +47,17 @@ def engines_placed(settings: ClusterSettings) -> Iterator[PlacementGroup]:
             f"{ {key: have.get(key, 0) for key in total} }; lower cluster.learner_cpus and "
             "cluster.rollout_cpus, or add nodes"
         )
+
+
+@contextmanager
+def engines_placed(settings: ClusterSettings) -> Iterator[PlacementGroup]:
+    """A placement group with bundle 0 for the learner and bundle 1 for the rollout engine.
+
+    Raises RuntimeError that says what was asked and what the cluster has when it is not ready by the deadline.
+    """
+    gpu = {"GPU": settings.gpus_per_engine} if settings.gpus_per_engine else {}
+    bundles = [{"CPU": settings.learner_cpus, **gpu}, {"CPU": settings.rollout_cpus, **gpu}]
+    require_resources(bundles)
     group = placement_group(bundles, strategy="PACK")
     try:
         if not group.wait(settings.start_seconds):

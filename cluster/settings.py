@@ -132,17 +132,64 @@ class ModelSettings(Section):
     layers: int = Field(2, ge=1, description="Number of its layers.")
 
 
+class LowRankSection(Section):
+    rank: int = Field(16, ge=1, description="Rank of the added weights.")
+    alpha: float = Field(32, gt=0, description="Their scale is alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the added weights.")
+    modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1, description="Names of the modules that get them.",
+    )  # fmt: skip
+
+
 class SupervisedSettings(Section):
-    passes: int = Field(3, ge=1, description="Passes over the rows; direct windows are drawn anew for each.")
-    batch_rows: int = Field(64, ge=1, description="Rows of one optimizer step.")
-    micro_batch_tokens: int = Field(8192, ge=1, description="Padded tokens of one forward pass at most.")
+    passes: int = Field(3, ge=1, description="Passes over the rows; windows and templates are drawn anew for each.")
+    supervision: Literal["every_prefix", "dense"] = Field(
+        "every_prefix", description="A row for every train prefix, or windows whose history items are learnt as well."
+    )
+    batch_rows: int = Field(64, ge=1, description="Rows of one optimizer step, of all ranks together.")
+    micro_batch_tokens: int = Field(8192, ge=1, description="Packed tokens of one forward pass of a rank at most.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
     warm_up: float = Field(
         0.1, ge=0, lt=1, description="Share of the steps with a growing learning rate; cosine after."
     )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
     gradient_clip: float = Field(1.0, gt=0, description="Clip of the global gradient norm.")
+    ranks: int = Field(1, ge=1, description="DeepSpeed ranks, each with cluster.learner_cpus and gpus_per_engine.")
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed's ZeRO stage.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of weights and activations; with bfloat16 the optimizer keeps float32 masters."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass instead of keeping them."
+    )
+    low_rank: LowRankSection | None = Field(
+        None, description="Train low-rank weights (LoRA) and the new tokens' rows; null trains all weights."
+    )
+    evaluation_rows: int = Field(
+        512, ge=0, description="Validation users whose next item's loss is measured, drawn by the seed; 0 is none."
+    )
+    evaluation_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between two measurements; null is the end of each pass."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Measurements without a better loss that end the stage, with the best weights."
+    )
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between two resumable states; null is the end of each pass."
+    )
+    kept_states: int = Field(2, ge=1, description="Resumable states that are kept.")
+    maximum_failures: int = Field(3, ge=0, description="Restarts of the ranks from the latest state before giving up.")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> SupervisedSettings:
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError("sft.dtype bfloat16 needs sft.zero_stage 1, 2 or 3")
+        if self.low_rank is not None and self.zero_stage == 3:
+            raise ValueError("sft.low_rank works with sft.zero_stage 0, 1 and 2")
+        if self.patience is not None and self.evaluation_rows == 0:
+            raise ValueError("sft.patience needs sft.evaluation_rows above 0")
+        return self
 
 
 class ObjectiveSection(Section):
@@ -243,6 +290,12 @@ class Settings(Section):
             )
         if self.train.mini_batch_prompts > self.train.prompts_per_step:
             raise ValueError("train.mini_batch_prompts must not exceed train.prompts_per_step")
+        return self
+
+    @model_validator(mode="after")
+    def _low_rank_weights_have_a_base(self) -> Settings:
+        if self.sft.low_rank is not None and self.model.checkpoint is None:
+            raise ValueError("sft.low_rank needs model.checkpoint: a model from scratch has nothing to keep")
         return self
 
     @property

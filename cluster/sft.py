@@ -1,28 +1,42 @@
-"""The supervised stage: direct windows and reasoning rows in curriculum order, on a learner actor."""
+"""The supervised stage: rows in curriculum order, trained by a worker group of Ray Train with DeepSpeed inside."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import shutil
+import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoTokenizer
 
-from actors.learner import ENVIRONMENT, LearnerActor
-from cluster.placement import await_result, engines_placed, in_bundle, ray_session
-from cluster.progress import console, progress_bar
+from actors.learner import ENVIRONMENT
+from actors.supervised import METRICS_FILE, SupervisedPlan, supervised_rank
+from cluster.placement import DeadlineExceeded, ray_session, require_resources
+from cluster.progress import Bar, console, progress_bar
 from cluster.settings import Settings
 from cluster.tracking import Tracker
 from curriculum.corpus import Corpus
-from curriculum.rows import Row, direct_windows, in_curriculum_order, reasoning_row
-from curriculum.schedule import reasoning_positions
-from item_index.ragged import RaggedArray
+from curriculum.row_files import RowFile, write_rows
+from curriculum.supervised_rows import evaluation_rows, rows_of_pass
 from learner.policy import build_language_model, fit_vocabulary, load_language_model
 
+POLL_SECONDS = 0.5
+STATES_FOLDER = "states"  # Ray Train's: resumable states, and which of them is the latest
 
-def write_initial_checkpoint(settings: Settings, corpus: Corpus, folder: Path) -> None:
-    """The model to start from: a Llama from scratch, or the named checkpoint with rows for the new tokens."""
-    model_settings = settings.model
+
+def write_initial_checkpoint(settings: Settings, corpus: Corpus, folder: Path) -> int:
+    """The model to start from: a Llama from scratch, or the named checkpoint with rows for the new tokens.
+
+    Returns how many tokens the model knew before.
+    """
+    model_settings, known_tokens = settings.model, 0
     if model_settings.checkpoint is None:
         model = build_language_model(
             corpus.tokenizer, hidden_size=model_settings.hidden_size, layers=model_settings.layers,
@@ -30,61 +44,168 @@ def write_initial_checkpoint(settings: Settings, corpus: Corpus, folder: Path) -
         )  # fmt: skip
     else:
         known = AutoTokenizer.from_pretrained(model_settings.checkpoint, local_files_only=True, trust_remote_code=False)
-        model = load_language_model(model_settings.checkpoint)
-        added = fit_vocabulary(model, corpus.tokenizer, known_tokens=len(known), seed=settings.seed)
+        model, known_tokens = load_language_model(model_settings.checkpoint), len(known)
+        added = fit_vocabulary(model, corpus.tokenizer, known_tokens=known_tokens, seed=settings.seed)
         console.print(f"sft: {added} tokens of the index were added to {model_settings.checkpoint}")
     model.save_pretrained(folder, safe_serialization=True)
     corpus.tokenizer.save_pretrained(folder)
+    return known_tokens
 
 
-def rows_of_pass(corpus: Corpus, reasoning: list[Row], *, number: int, passes: int, seed: int) -> list[Row]:
-    """All rows of one pass in order; the last pass is uniform."""
-    generator = np.random.default_rng([seed, 3, number])
-    direct = list(direct_windows(corpus.sequences, corpus.held_out, corpus.builder, generator=generator))
-    direct = [direct[i] for i in generator.permutation(len(direct))]
-    shuffled = [reasoning[i] for i in generator.permutation(len(reasoning))]
-    places = reasoning_positions(len(direct) + len(shuffled), len(shuffled), uniform=number == passes - 1)
-    return in_curriculum_order(direct, shuffled, places)
-
-
-def run_sft(settings: Settings, corpus: Corpus, folder: Path, tracker: Tracker) -> dict[str, float]:
-    """Train; the checkpoint is `folder/checkpoint`."""
+def supervised_plan(settings: Settings, corpus: Corpus, folder: Path) -> SupervisedPlan:
+    """Write the initial checkpoint and the rows of all passes, and say what a rank has to do with them."""
     sft = settings.sft
-    write_initial_checkpoint(settings, corpus, folder / "initial")
-    reasoning = [reasoning_row(example, corpus.held_out, corpus.builder) for example in corpus.reasoning]
-    passes = [
-        rows_of_pass(corpus, reasoning, number=number, passes=sft.passes, seed=settings.seed)
-        for number in range(sft.passes)
-    ]
-    total_steps = sum(-(-len(rows) // sft.batch_rows) for rows in passes)
-    with ray_session(settings.cluster), engines_placed(settings.cluster) as group:
-        learner = LearnerActor.options(**in_bundle(group, 0, settings.cluster, ENVIRONMENT)).remote(
-            str((folder / "initial").resolve()),
-            engine={
-                "learning_rate": sft.learning_rate, "weight_decay": sft.weight_decay,
-                "warm_up_steps": int(sft.warm_up * total_steps), "total_steps": total_steps, "schedule": "cosine",
-                "gradient_clip": sft.gradient_clip, "zero_stage": sft.zero_stage,
-            },
-            seed=settings.seed, threads=settings.cluster.threads,
+    known_tokens = write_initial_checkpoint(settings, corpus, folder / "initial")
+    passes = []
+    for number in range(sft.passes):
+        passes.append((folder / "rows" / f"pass_{number}.parquet").resolve())
+        rows = rows_of_pass(
+            corpus, number=number, passes=sft.passes, dense=sft.supervision == "dense", seed=settings.seed
+        )
+        write_rows(passes[-1], rows, rows_per_step=sft.batch_rows)
+    evaluation = None
+    if sft.evaluation_rows:
+        evaluation = (folder / "rows" / "evaluation.parquet").resolve()
+        write_rows(
+            evaluation, evaluation_rows(corpus, users=sft.evaluation_rows, seed=settings.seed),
+            rows_per_step=sft.batch_rows,
         )  # fmt: skip
-        step, tokens_seen, started = 0, 0, time.monotonic()
-        metrics: dict[str, float] = {}
-        with progress_bar("sft", total_steps) as bar:
-            for number, rows in enumerate(passes):
-                for start in range(0, len(rows), sft.batch_rows):
-                    batch = rows[start : start + sft.batch_rows]
-                    tokens = RaggedArray.of([row for row, _ in batch], np.int32)
-                    learnt = RaggedArray.of([mask for _, mask in batch], bool)
-                    metrics = await_result(
-                        learner.supervised_step.remote(tokens, learnt, sft.micro_batch_tokens),
-                        "the learner's supervised step", settings.cluster.call_seconds,
-                    )  # fmt: skip
-                    step += 1
-                    tokens_seen += len(tokens.values)
-                    tracker.metrics(
-                        {f"sft/{name}": value for name, value in metrics.items()} | {"sft/pass": number}, step
-                    )
-                    bar.advance(loss=metrics["loss"])
-        await_result(learner.save.remote(str((folder / "checkpoint").resolve())), "saving the checkpoint", 300)
-    seconds = time.monotonic() - started
-    return {"steps": step, "tokens": tokens_seen, "tokens_per_second": tokens_seen / seconds, "loss": metrics["loss"]}
+    total_steps = sum(len(RowFile(path)) for path in passes)
+    return SupervisedPlan(
+        model=str((folder / "initial").resolve()),
+        folder=str(folder.resolve()),
+        passes=tuple(map(str, passes)),
+        evaluation=None if evaluation is None else str(evaluation),
+        engine={
+            "learning_rate": sft.learning_rate, "weight_decay": sft.weight_decay,
+            "warm_up_steps": int(sft.warm_up * total_steps), "total_steps": total_steps, "schedule": "cosine",
+            "gradient_clip": sft.gradient_clip, "zero_stage": sft.zero_stage, "dtype": sft.dtype,
+        },
+        low_rank=None if sft.low_rank is None else sft.low_rank.model_dump(),
+        known_tokens=known_tokens,
+        micro_batch_tokens=sft.micro_batch_tokens,
+        gradient_checkpointing=sft.gradient_checkpointing,
+        checkpoint_steps=sft.checkpoint_steps,
+        evaluation_steps=sft.evaluation_steps,
+        patience=sft.patience,
+        seed=settings.seed,
+        threads=settings.cluster.threads,
+    )  # fmt: skip
+
+
+def run_sft(settings: Settings, corpus: Corpus, folder: Path, tracker: Tracker, *, name: str) -> dict[str, Any]:
+    """Train; the checkpoint is `folder/checkpoint`.
+
+    Args:
+        name: of everything that the result depends on. States of another name are removed; from those of this name an
+            interrupted stage goes on where its latest state was written.
+    """
+    states = folder / STATES_FOLDER
+    for other in states.iterdir() if states.is_dir() else ():
+        if other.name != name:
+            shutil.rmtree(other)
+    if not (states / name).is_dir():
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+        if (folder / "checkpoint").is_dir():
+            shutil.rmtree(folder / "checkpoint")
+    plan = supervised_plan(settings, corpus, folder)
+    with ray_session(settings.cluster):
+        metrics, tokens_per_second = _train(settings, plan, tracker, states, name)
+    shutil.rmtree(states)  # of use to an interrupted stage only, and several times as large as the model
+    evaluated = [line["evaluation_loss"] for line in metrics if "evaluation_loss" in line]
+    return {
+        "steps": len(metrics), "tokens": int(sum(line["tokens"] for line in metrics)),
+        "tokens_per_second": tokens_per_second,
+        "loss": metrics[-1]["loss"], **({"evaluation_loss": evaluated[-1]} if evaluated else {}),
+    }  # fmt: skip
+
+
+def _train(
+    settings: Settings, plan: SupervisedPlan, tracker: Tracker, states: Path, name: str
+) -> tuple[list[dict[str, float]], float]:
+    """Run the worker group to the end; returns the metrics of every step, and tokens per second of those done here."""
+    sft, cluster = settings.sft, settings.cluster
+    gpu = {"GPU": cluster.gpus_per_engine} if cluster.gpus_per_engine else {}
+    worker = {"CPU": cluster.learner_cpus, **gpu}
+    require_resources([worker] * sft.ranks)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)  # Ray Train's only way to say it
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(cluster.threads)}
+    trainer = TorchTrainer(
+        supervised_rank,
+        train_loop_config=asdict(plan),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(cluster.call_seconds)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=sft.ranks, use_gpu=bool(gpu), resources_per_worker=worker, placement_strategy="PACK"
+        ),
+        run_config=ray.train.RunConfig(
+            name=name, storage_path=str(states.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=sft.maximum_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=sft.kept_states),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )  # fmt: skip
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    # Ray Train has no deadline for a step. A daemon does not keep the process alive when ours runs out.
+    thread = threading.Thread(target=fit, daemon=True, name="sft")
+    metrics = MetricsLines(Path(plan.folder) / METRICS_FILE)
+    metrics.read()
+    done_before = len(metrics.lines)
+    started = grown_at = time.monotonic()
+    thread.start()
+    with progress_bar("sft", plan.engine["total_steps"]) as bar:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            if metrics.show(tracker, bar):
+                grown_at = time.monotonic()
+            if time.monotonic() - grown_at > cluster.call_seconds:
+                raise DeadlineExceeded(
+                    f"no optimizer step was finished within {cluster.call_seconds:.0f} s; look at the workers' logs in "
+                    "Ray's session folder, or raise cluster.call_seconds"
+                )
+        metrics.show(tracker, bar)
+    if failure:
+        raise failure[0]
+    tokens = sum(line["tokens"] for line in metrics.lines[done_before:])
+    return metrics.lines, tokens / (time.monotonic() - started)
+
+
+class MetricsLines:
+    """The lines of the file to which rank 0 appends one per step; a restarted rank cuts it back to its state first."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._read, self._shown = file, 0, 0
+        self.lines: list[dict[str, float]] = []
+
+    def read(self) -> bool:
+        """Take in what was written since; returns whether anything was."""
+        if not self._file.is_file():
+            return False
+        size = self._file.stat().st_size
+        if size < self._read:
+            self.lines, self._read = [], 0
+        with self._file.open("rb") as content:
+            content.seek(self._read)
+            whole = content.read().rpartition(b"\n")[0]
+        if not whole:
+            return False
+        self._read += len(whole) + 1
+        self.lines += [json.loads(line) for line in whole.splitlines()]
+        return True
+
+    def show(self, tracker: Tracker, bar: Bar) -> bool:
+        """Read, and hand steps that were not seen before to the tracker and the bar."""
+        changed = self.read()
+        for line in self.lines[self._shown :]:
+            tracker.metrics({f"sft/{key}": value for key, value in line.items() if key != "step"}, int(line["step"]))
+        if len(self.lines) > self._shown:
+            bar.advance(len(self.lines) - self._shown, loss=self.lines[-1]["loss"])
+            self._shown = len(self.lines)
+        return changed

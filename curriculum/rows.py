@@ -68,6 +68,29 @@ def direct_row(items: np.ndarray, skipped: np.ndarray, builder: PromptBuilder) -
     return row
 
 
+def next_item_rows(sequences: UserSequences, held_out: np.ndarray, builder: PromptBuilder) -> Iterator[Row]:
+    """A row for every train prefix: the next item as the direct mode's response, and nothing else learnt.
+
+    Held-out targets have no row of their own; they stay in the histories of later items.
+    """
+    for user in range(len(sequences)):
+        start, train = int(sequences.offsets_U1[user]), sequences.train(user)
+        for place in range(1, len(train)):
+            if not held_out[start + place]:
+                yield evaluation_row(train[: place + 1], builder)
+
+
+def evaluation_row(items: np.ndarray, builder: PromptBuilder) -> Row:
+    """The last item as response to those before it, which are not learnt."""
+    return _response_alone(builder.prompt(items[:-1], "direct"), builder.direct_response(int(items[-1])))
+
+
+def _response_alone(prompt: Sequence[int], response: Sequence[int]) -> Row:
+    learnt = np.zeros(len(prompt) + len(response), dtype=bool)
+    learnt[len(prompt) :] = True
+    return np.array([*prompt, *response], dtype=np.int32), learnt
+
+
 def _with_dense_history(
     history: np.ndarray, skipped: np.ndarray, mode: Mode, response: list[int], builder: PromptBuilder
 ) -> Row:
@@ -108,21 +131,11 @@ class ReasoningExample:
     rewriting: str
 
 
-def reasoning_row(example: ReasoningExample, held_out: np.ndarray, builder: PromptBuilder) -> Row:
-    """Chain, rewritten history and answer as response to the history, under the same dense supervision."""
-    return _with_dense_history(
-        np.array(example.history),
-        held_out[example.position - len(example.history) : example.position],
-        "reasoning",
-        builder.reasoning_response(example.think, example.rewriting, example.target),
-        builder,
-    )
-
-
-def in_curriculum_order(direct: Sequence[Row], reasoning: Sequence[Row], places: np.ndarray) -> list[Row]:
-    """One pass: the reasoning rows stand at `places`, the direct rows in between."""
-    order: list[Row | None] = [None] * (len(direct) + len(reasoning))
-    for place, row in zip(places, reasoning, strict=True):
-        order[int(place)] = row
-    rest = iter(direct)
-    return [row if row is not None else next(rest) for row in order]
+def reasoning_row(example: ReasoningExample, held_out: np.ndarray, builder: PromptBuilder, *, dense: bool) -> Row:
+    """Chain, rewritten history and answer as response to the history, which is learnt as well where `dense`."""
+    response = builder.reasoning_response(example.think, example.rewriting, example.target)
+    history = np.array(example.history)
+    if not dense:
+        return _response_alone(builder.prompt(history, "reasoning"), response)
+    skipped = held_out[example.position - len(example.history) : example.position]
+    return _with_dense_history(history, skipped, "reasoning", response, builder)

@@ -16,19 +16,22 @@ if not torch.cuda.is_available():
 import deepspeed
 import numpy as np
 import safetensors.torch
+import torch.distributed
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from learner.policy import Policy
 
 Schedule = Literal["cosine", "constant"]
+STATE_TAG = "state"  # DeepSpeed's name of the one state in a checkpoint folder
 
 
 def initialize_process_group(*, rank: int = 0, world_size: int = 1, address: str = "127.0.0.1", port: int = 0) -> None:
-    """Join the group of learner ranks (gloo on CPU, NCCL on GPU)."""
-    if torch.distributed.is_initialized():
-        return
-    # DeepSpeed would compile its shared-memory operator at start (40 s) for nothing on a single rank.
+    """Join the group of learner ranks (gloo on CPU, NCCL on GPU), or take the one that this process is in."""
+    # DeepSpeed would compile its shared-memory operator at start (40 s); gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.distributed.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+        return
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port)
     )
@@ -43,6 +46,8 @@ class LearnerEngine:
         learning_rate, warm_up_steps, total_steps, schedule: linear warm-up, then cosine to zero or constant.
         weight_decay, gradient_clip: AdamW's decay; clip of the global gradient norm.
         zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
+        dtype: of weights and activations; the optimizer keeps float32 masters of bfloat16 weights (ZeRO 1 to 3).
+        offload: keep the optimizer's state in the memory of the CPU (ZeRO 1 to 3).
     """
 
     def __init__(
@@ -56,11 +61,19 @@ class LearnerEngine:
         schedule: Schedule,
         gradient_clip: float,
         zero_stage: int,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        offload: bool = False,
     ) -> None:
+        if dtype == "bfloat16":
+            policy = policy.to(torch.bfloat16)
+        trained = [weight for weight in policy.parameters() if weight.requires_grad]
+        exempt = [weight for weight in trained if getattr(weight, "exempt_from_decay", False)]
+        decayed = [weight for weight in trained if not getattr(weight, "exempt_from_decay", False)]
+        groups = [{"params": decayed, "weight_decay": weight_decay}]
+        if exempt:
+            groups.append({"params": exempt, "weight_decay": 0.0})
         # torch's AdamW instead of DeepSpeed's fused ones, which compile for a minute at their first use.
-        optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay
-        )
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
         scheduler = (
             get_cosine_schedule_with_warmup(optimizer, warm_up_steps, max(total_steps, 1))
             if schedule == "cosine"
@@ -74,8 +87,13 @@ class LearnerEngine:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": gradient_clip,
-                "zero_optimization": {"stage": zero_stage},
+                "zero_optimization": {
+                    "stage": zero_stage,
+                    **({"offload_optimizer": {"device": "cpu"}} if offload else {}),
+                },
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,  # it would be compiled at the first use
+                "bf16": {"enabled": dtype == "bfloat16"},
                 "steps_per_print": 10**9,
             },
         )
@@ -103,18 +121,67 @@ class LearnerEngine:
     def learning_rate(self) -> float:
         return float(self.engine.get_lr()[0])
 
-    def exported_weights(self) -> np.ndarray:
-        """uint8: the language model's weights as one safetensors buffer, which the object store hands over uncopied."""
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.device)
+
+    @property
+    def ranks(self) -> int:
+        return torch.distributed.get_world_size()
+
+    @property
+    def rank(self) -> int:
+        return torch.distributed.get_rank()
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums over all ranks, which all have to call this."""
+        if self.ranks == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(sums)
+        return sums.tolist()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The language model's weights on the CPU, a tied head left out.
+
+        Under ZeRO 3 every rank has to call this; parameters are gathered one by one, and only rank 0 keeps them.
+        """
         model = self.engine.module.language_model
+        if self.engine.zero_optimization_stage() < 3:
+            named = model.state_dict()
+        else:
+            named = {}
+            for name, weight in model.named_parameters():
+                with deepspeed.zero.GatheredParameters([weight]):
+                    if self.rank == 0:
+                        named[name] = weight.detach().cpu().clone()
         tied = model.config.tie_word_embeddings
-        state = {
+        return {
             name: weight.detach().cpu().contiguous()
-            for name, weight in model.state_dict().items()
+            for name, weight in named.items()
             if not (tied and name == "lm_head.weight")
         }
-        return np.frombuffer(safetensors.torch.save(state), dtype=np.uint8)
+
+    def exported_weights(self) -> np.ndarray:
+        """uint8: the weights as one safetensors buffer, which the object store hands over uncopied."""
+        return np.frombuffer(safetensors.torch.save(self.weights()), dtype=np.uint8)
 
     def save(self, folder: str | Path, tokenizer: Any) -> None:
-        """Write a checkpoint that transformers and vLLM load as it is."""
-        self.engine.module.language_model.save_pretrained(folder, safe_serialization=True)
-        tokenizer.save_pretrained(folder)
+        """Write a checkpoint that transformers and vLLM load as it is; every rank calls this, rank 0 writes."""
+        weights = self.weights()
+        if self.rank == 0:
+            self.engine.module.language_model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+            tokenizer.save_pretrained(folder)
+
+    def save_state(self, folder: str | Path) -> None:
+        """Write weights, optimizer and schedule as DeepSpeed keeps them; every rank writes its part."""
+        self.engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
+
+    def load_state(self, folder: str | Path) -> None:
+        """Go on from what `save_state` wrote under the same number of ranks and ZeRO stage.
+
+        The files are pickled: the caller makes sure that they are the run's own, see `learner.training_state`.
+        """
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=STATE_TAG)
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found no state under {folder}")

@@ -13,6 +13,7 @@ from item_index.constraint import AllowedTokens
 from item_index.input_error import InputError
 from learner.log_probabilities import allowed_log_probabilities, full_vocabulary_log_probabilities
 from learner.packing import PackedBatch
+from learner.row_attention import PACKED_ROWS
 
 
 def build_language_model(
@@ -40,8 +41,8 @@ def build_language_model(
     return LlamaForCausalLM(config)
 
 
-def load_language_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """A local checkpoint (safetensors only)."""
+def load_language_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
+    """A local checkpoint (safetensors only), with `PACKED_ROWS` attention for supervised rows."""
     if not Path(path).is_dir():
         raise InputError("there is no such checkpoint folder", file=path, remedy="Name a local folder.")
     return AutoModelForCausalLM.from_pretrained(
@@ -50,7 +51,7 @@ def load_language_model(path: str | Path, *, dtype: torch.dtype = torch.float32)
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
 
 
@@ -91,11 +92,15 @@ class Policy(nn.Module):
         temperature: float = 1.0,
     ) -> torch.Tensor:
         """float32 [T]: over the allowed sets where they are given, over the whole vocabulary otherwise."""
+        implementation = self.language_model.config._attn_implementation
+        if (batch.rows is not None) != (implementation == PACKED_ROWS):
+            raise ValueError(f"this batch and a model with {implementation} attention do not go together")
         hidden_BLH = self.language_model.base_model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
+            **({} if batch.rows is None else {"packed_rows": batch.rows}),
         ).last_hidden_state
         hidden_TH = hidden_BLH[batch.sequence_T, batch.position_T]
         head_VH = self.language_model.get_output_embeddings().weight

@@ -10,7 +10,7 @@ from curriculum.rows import (
     direct_row,
     direct_windows,
     held_out_targets,
-    in_curriculum_order,
+    next_item_rows,
     places_in_sequence,
     reasoning_row,
     train_positions,
@@ -140,12 +140,32 @@ def test_a_reasoning_row_learns_its_response_and_the_history_that_is_not_held_ou
     )
     held_out = np.zeros(12, dtype=bool)
     held_out[[2, 6, 8]] = True  # position 6 is the history's item 30; 8 would be the target itself
-    tokens, learnt = reasoning_row(example, held_out, builder)
+    tokens, learnt = reasoning_row(example, held_out, builder, dense=True)
     prompt = builder.prompt(example.history, "reasoning")
     response = builder.reasoning_response(example.think, example.rewriting, 6)
     assert tokens.tolist() == [*prompt, *response]
     assert learnt[len(prompt) :].all()
     assert items_in((tokens, learnt), tiny) == [(1, False), (2, True), (30, False), (4, True), (6, True)]
+    same_tokens, response_alone = reasoning_row(example, held_out, builder, dense=False)
+    assert same_tokens.tolist() == tokens.tolist()
+    assert np.flatnonzero(response_alone).tolist() == list(range(len(prompt), len(tokens)))
+
+
+def test_every_train_prefix_has_a_row_of_its_own_unless_its_target_is_held_out(sequences, tiny, builder):
+    held_out = held_out_targets(sequences, share=0.3, minimum_history=4, seed=1)
+    expected = []
+    for user in range(len(sequences)):
+        train, start = sequences.train(user).tolist(), sequences.offsets_U1[user]
+        expected += [
+            [*((item, False) for item in train[max(0, place - HISTORY) : place]), (train[place], True)]
+            for place in range(1, len(train))
+            if not held_out[start + place]
+        ]
+    rows = list(next_item_rows(sequences, held_out, builder))
+    assert [items_in(row, tiny) for row in rows] == expected
+    for tokens, learnt in rows:
+        assert learnt[-1]
+        assert tokens[-1] == tiny.tokenizer.eos_token_id
 
 
 def test_held_out_targets_are_a_share_of_train_targets_with_enough_history(sequences):
@@ -165,10 +185,3 @@ def test_train_positions_and_places_follow_the_users(sequences):
         start, end = sequences.offsets_U1[user], sequences.offsets_U1[user + 1]
         assert places[start:end].tolist() == list(range(end - start))
         assert train[start:end].tolist() == [True] * (end - start - 2) + [False] * 2
-
-
-def test_curriculum_order_puts_reasoning_rows_at_their_places_and_keeps_both_orders():
-    direct = [(np.array([number]), np.array([True])) for number in range(4)]
-    reasoning = [(np.array([100 + number]), np.array([True])) for number in range(3)]
-    order = in_curriculum_order(direct, reasoning, np.array([1, 4, 5]))
-    assert [int(tokens[0]) for tokens, _ in order] == [0, 100, 1, 2, 101, 102, 3]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.packing import micro_batches, pack_groups, pack_rows, packed_length
+from learner.packing import balanced_micro_batches, micro_batches, pack_groups, pack_rows, packed_length
 from learner.policy import Policy
 from learner.srpo import allowed_in, response_log_probabilities
 
@@ -51,29 +51,34 @@ def test_packed_groups_predict_as_every_response_does_alone_without_padding(tiny
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
 
 
-def test_supervised_rows_are_padded_and_only_learnt_tokens_are_targets():
+def test_supervised_rows_lie_one_after_the_other_and_only_learnt_tokens_are_targets():
     rows = [
-        (np.array([4, 5, 6, 7]), np.array([True, False, True, True])),  # the first token is never a target
         (np.array([8, 9]), np.array([False, True])),
+        (np.array([4, 5, 6, 7]), np.array([True, False, True, True])),  # the first token is never a target
         (np.array([3, 2, 1]), np.array([False, False, False])),
     ]
     packed = pack_rows(rows)
-    assert packed.input_ids.tolist() == [[4, 5, 6, 7], [8, 9, 0, 0], [3, 2, 1, 0]]
-    assert packed.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3]] * 3
-    assert packed.sequence_T.tolist() == [0, 0, 1]
-    assert packed.position_T.tolist() == [1, 2, 0]
+    assert packed.input_ids.tolist() == [[4, 5, 6, 7, 3, 2, 1, 8, 9]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1]]
+    assert packed.sequence_T.tolist() == [0, 0, 0]
+    assert packed.position_T.tolist() == [1, 2, 7]
     assert packed.targets_T.tolist() == [6, 7, 9]
+    assert [(bucket.span, bucket.rows, bucket.longest) for bucket in packed.rows] == [((0, 7), 2, 4), ((7, 9), 1, 2)]
 
 
-def test_padding_of_supervised_rows_changes_no_prediction(tiny):
-    generator = np.random.default_rng(0)
-    rows = [(generator.integers(0, 300, length), generator.random(length) < 0.5) for length in (12, 3, 7)]
-    policy = Policy(tiny.model)
-    with torch.inference_mode():
-        together = policy(pack_rows(rows))
-        alone = torch.cat([policy(pack_rows([row])) for row in rows])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 3), st.integers(1, 200))
+def test_ranks_share_all_rows_within_the_budget(lengths, ranks, budget):
+    plan = balanced_micro_batches(lengths, ranks=ranks, token_budget=budget)
+    assert len(plan) == ranks
+    assert len({len(parts) for parts in plan}) == 1, "every rank takes part in every reduction"
+    assert sorted(int(row) for parts in plan for part in parts for row in part) == list(range(len(lengths)))
+    tokens = [sum(lengths[row] for row in part) for parts in plan for part in parts]
+    for parts in plan:
+        for part in parts:
+            assert len(part) <= 1 or sum(lengths[row] for row in part) <= budget
+    # The heaviest micro-batch is heavier than the lightest by one row at most.
+    assert max(tokens) - min(tokens) <= max(lengths)
 
 
 @settings(deadline=None)
