@@ -18,12 +18,9 @@ imports included, is stopped and said to have. Peers that are not installed are 
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -31,16 +28,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.child_process import Outcome, run_child
 from benchmarks.machine import ReportRow, write_report
 from benchmarks.quantizer_subjects import Task, command
 
 CODES = 256
 UNITS = {"time": "s", "processor time": "s", "peak memory": "GiB", "error": "squared norm", "colliding items": "items"}
-# Module that a subject needs, and how to get it.
+FAISS = {"module": "faiss", "how": "pip install faiss-cpu"}
 NEEDS = {
-    "faiss Kmeans": ("faiss", "pip install faiss-cpu"),
-    "faiss ResidualQuantizer": ("faiss", "pip install faiss-cpu"),
-    "k-means-constrained": ("k_means_constrained", "pip install k-means-constrained"),
+    "faiss Kmeans": FAISS,
+    "faiss ResidualQuantizer": FAISS,
+    "k-means-constrained": {"module": "k_means_constrained", "how": "pip install k-means-constrained"},
 }
 
 
@@ -61,6 +59,9 @@ class Case:
     balanced: bool
     items_per_code: int | None
 
+    def task(self, subject: str, items: int) -> Task:
+        return Task(subject, items, self.levels, CODES, self.rounds, self.balanced, self.items_per_code)
+
     def title(self, items: int) -> str:
         kind = "balanced" if self.balanced else "plain"
         part = "all items" if self.items_per_code is None else f"{self.items_per_code} items a code"
@@ -73,31 +74,6 @@ CASES = {
     CaseName.PLAIN: Case(("ours", "faiss Kmeans", "faiss ResidualQuantizer"), 4, 25, False, 256),
     CaseName.PLAIN_ALL: Case(("ours", "faiss Kmeans"), 4, 25, False, None),
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one subject: its numbers, or why there are none."""
-
-    subject: str
-    numbers: dict[str, float]
-    stopped_after: float | None = None
-    problem: str = ""
-
-
-def run_subject(task: Task, limit: float) -> Outcome:
-    """Measure one subject in a child process."""
-    module, how = NEEDS.get(task.subject, ("numpy", ""))
-    if find_spec(module) is None:
-        return Outcome(task.subject, {}, problem=f"not installed: {how}")
-    try:
-        done = subprocess.run(command(task), capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return Outcome(task.subject, {}, stopped_after=limit, problem=f"stopped after {limit:.0f} s")
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        return Outcome(task.subject, {}, problem=f"failed (exit status {done.returncode}) {last}")
-    return Outcome(task.subject, json.loads(done.stdout.splitlines()[-1]))
 
 
 def report_rows(title: str, outcomes: Sequence[Outcome]) -> list[ReportRow]:
@@ -146,10 +122,7 @@ def benchmark(
         for name in case or list(CaseName):
             wanted = CASES[name]
             outcomes = [
-                run_subject(
-                    Task(subject, count, wanted.levels, CODES, wanted.rounds, wanted.balanced, wanted.items_per_code),
-                    limit,
-                )
+                run_child(subject, command(wanted.task(subject, count)), limit, **NEEDS.get(subject, {}))
                 for subject in wanted.subjects
             ]
             console.print(report_table(wanted.title(count), outcomes))

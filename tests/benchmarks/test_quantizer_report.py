@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import quantizer
+from benchmarks.child_process import Outcome, run_child
 from benchmarks.machine import write_report
-from benchmarks.quantizer import CASES, UNITS, Outcome, report_rows, report_table, run_subject
+from benchmarks.quantizer import CASES, UNITS, report_rows, report_table
 from benchmarks.quantizer_subjects import (
     SUBJECTS,
     Task,
@@ -56,23 +56,20 @@ def test_every_subject_of_every_case_is_known() -> None:
     assert {subject for case in CASES.values() for subject in case.subjects} == set(SUBJECTS)
 
 
-def test_a_peer_that_is_not_there_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizer, "find_spec", lambda module: None)
-    outcome = run_subject(small_task(subject="k-means-constrained", balanced=True), 60.0)
-    assert outcome.problem == "not installed: pip install k-means-constrained"
+def test_a_peer_that_is_not_there_is_named_with_how_to_get_it() -> None:
+    outcome = run_child("k-means-constrained", ["false"], 60.0, module="no_such_module", how="pip install it")
+    assert outcome.problem == "not installed: pip install it"
     assert report_rows("case", [outcome]) == []
 
 
-def test_a_subject_that_takes_too_long_is_stopped_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizer, "command", lambda task: [sys.executable, "-c", "import time; time.sleep(60)"])
-    outcome = run_subject(small_task(), 0.2)
+def test_a_subject_that_takes_too_long_is_stopped_and_reported() -> None:
+    outcome = run_child("ours", [sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
     (row,) = report_rows("case", [outcome])
     assert (row["subject"], row["metric"], row["value"]) == ("ours", "stopped, unfinished, after", 0.2)
 
 
-def test_a_subject_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizer, "command", lambda task: [sys.executable, "-c", "raise MemoryError('too big')"])
-    outcome = run_subject(small_task(), 60.0)
+def test_a_subject_that_fails_says_why() -> None:
+    outcome = run_child("ours", [sys.executable, "-c", "raise MemoryError('too big')"], 60.0)
     assert outcome.problem == "failed (exit status 1) MemoryError: too big"
 
 
