@@ -102,13 +102,13 @@ def test_a_pair_that_only_the_user_has_is_no_evidence():
     """Were the user counted, the pair of the user's own history and target would be the strongest there is."""
     train = np.zeros((6, 3))
     train[0] = 1  # item 0 and the target 2 meet in user 0 alone
-    train[1, [1, 2]] = train[2, [1, 2]] = 1
-    train[3:, 1] = 1  # and item 1 has users who did not take the target
+    train[1, [1, 2]] = 1
+    train[2:, 1] = 1  # and item 1 has users who did not take the target
     vectors = np.ones((3, 1), np.float32)
     one_of_two = Denoiser(vectors, sparse.csr_array(train), removed_share=0.5)
     assert one_of_two.keep([0, 1], 2, user=0) == (1,)
     assert one_of_two.keep([1, 0], 2, user=0) == (1,)
-    assert one_of_two.keep([1, 0], 2, user=5) == (0,)  # for anybody else the one meeting counts: 1 of 1 user
+    assert one_of_two.keep([1, 0], 2, user=5) == (0,)  # for anybody else the one meeting counts: 1 / sqrt(1) against 2 / sqrt(5)
 
 
 def test_vectors_decide_where_nobody_has_the_items():
