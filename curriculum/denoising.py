@@ -1,8 +1,9 @@
-"""Denoised histories: which items of a history carry evidence for the target, by item vectors and train interactions."""
+"""Denoised histories: which items carry evidence for the target, by item vectors and train interactions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from scipy import sparse
@@ -82,9 +83,10 @@ class Denoiser:
         if (lengths_E == 0).any():
             raise ValueError(f"history {int(np.argmin(lengths_E))} is empty; a rewriting keeps at least one item")
         users, items = self.train_UI.shape
-        for name, rows, end in (("item", histories.values, items), ("item", targets_E, items), ("user", users_E, users)):
-            if len(rows) and not (0 <= rows.min() and rows.max() < end):
-                raise ValueError(f"a history or target names {name} {rows.min()} .. {rows.max()}, there are {end}")
+        given = (("item", histories.values, items), ("target", targets_E, items), ("user", users_E, users))
+        for name, rows, end in given:
+            if rows.min() < 0 or rows.max() >= end:
+                raise ValueError(f"{name}s are rows {rows.min()} to {rows.max()}, and there are {end}")
         example_P = np.repeat(np.arange(len(histories)), lengths_E)
         of_pair = histories.values, targets_E[example_P]
         # Twice the mean rank is an integer, so sums of ranks compare without rounding.
@@ -131,7 +133,7 @@ class Denoiser:
         by_target = np.argsort(target_P, kind="stable")
         ends = np.searchsorted(target_P[by_target], np.arange(0, len(wanted) + BLOCK_TARGETS, BLOCK_TARGETS))
         both_P = np.empty(len(items_P))
-        for block, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        for block, (start, end) in enumerate(pairwise(ends)):
             first, pairs = block * BLOCK_TARGETS, by_target[start:end]
             counts = (self.train_IU[wanted[first : first + BLOCK_TARGETS]] @ self.train_UI).sorted_indices()
             both_P[pairs] = counts[target_P[pairs] - first, items_P[pairs]]
