@@ -68,7 +68,7 @@ class RewardWorker:
         well_formed, chains = np.zeros(shape, bool), np.zeros(shape, CHAIN)
         special, decode = self.constraint.tokens, self.tokenizer.decode
         shown = [
-            set(semantic_ids_in(prompt, special)) if reasoning else set()
+            set(semantic_ids_in(prompt.tolist(), special)) if reasoning else set()
             for prompt, reasoning in zip(batch.prompts.tokens, batch.prompts.reasoning, strict=True)
         ]
         for row, response in enumerate(batch.responses):

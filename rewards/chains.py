@@ -49,8 +49,8 @@ def chain_figures(
     history: Collection[tuple[int, ...]],
     special: ResponseTokens,
     decode: Callable[[Sequence[int]], str],
-) -> np.void:
-    """The figures of one reasoning response, a scalar of dtype `CHAIN`.
+) -> np.ndarray:
+    """The figures of one reasoning response, dtype `CHAIN`, of shape [].
 
     The think block ends at the first `</think>`, `<answer>` or end of sequence, whichever comes first; the rewriting
     reaches from there to the first `<answer>` or the end. Semantic IDs in the rewriting count whether or not its marker
@@ -78,7 +78,7 @@ def chain_figures(
             sum(codes not in history for codes in rewritten),
         ),
         dtype=CHAIN,
-    )[()]
+    )
 
 
 def chain_metrics(chains: np.ndarray, *, minimum_think_tokens: int) -> dict[str, float]:

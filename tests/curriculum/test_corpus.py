@@ -45,8 +45,8 @@ def build(
 ):
     index, known, sequences, vectors = parts
     return build_corpus(
-        folder, catalogue=catalogue or known, sequences=sequences, index=index, item_vectors_ID=vectors, checkpoint=None,
-        history_items=HISTORY, minimum_history=2, removed_share=removed_share,
+        folder, catalogue=catalogue or known, sequences=sequences, index=index, item_vectors_ID=vectors,
+        checkpoint=None, history_items=HISTORY, minimum_history=2, removed_share=removed_share,
         rewritten_history_items=rewritten_history_items, maximum_think_characters=characters, minimum_think_tokens=8,
         reasoning_rows=rows, rl_holdout=0.2, text_vocabulary=300, seed=0,
     )  # fmt: skip
@@ -102,7 +102,7 @@ def test_the_corpus_tells_the_figures_of_its_own_chains(tmp_path, parts):
 
 
 def test_rejected_traces_are_counted_and_three_of_each_reason_are_shown(tmp_path, parts):
-    index, catalogue, sequences, _ = parts
+    _, catalogue, sequences, _ = parts
     # Titles that the teacher's sentences hold, and that are no single word of them: every one of these is rejected.
     named = Catalogue(
         item_ids=catalogue.item_ids,
