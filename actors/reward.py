@@ -14,6 +14,7 @@ from item_index.semantic_ids import SemanticIdIndex
 from learner.rollouts import RolloutBatch
 from learner.srpo import allowed_in
 from rewards.answer import parse_answer
+from rewards.chains import CHAIN, chain_figures, semantic_ids_in
 from rewards.residual import residual_sensitive_reward
 
 
@@ -29,6 +30,8 @@ class ScoredResponses:
         forced: bool, the closing was forced by the token budget.
         items: int32, row of the answered item, -1 for none.
         lengths: int32, response tokens.
+        chains: `rewards.chains.CHAIN`, what the chains are made of, against the history that the prompt shows; zeros in
+            direct mode.
     """
 
     rewards: np.ndarray
@@ -38,6 +41,7 @@ class ScoredResponses:
     forced: np.ndarray
     items: np.ndarray
     lengths: np.ndarray
+    chains: np.ndarray
 
 
 class RewardWorker:
@@ -61,14 +65,24 @@ class RewardWorker:
         forced_R = allowed_in(batch, self.constraint).forced_R
         shape = (len(batch), batch.group_size)
         rewards, items = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
-        well_formed = np.zeros(shape, bool)
+        well_formed, chains = np.zeros(shape, bool), np.zeros(shape, CHAIN)
+        special, decode = self.constraint.tokens, self.tokenizer.decode
+        shown = [
+            set(semantic_ids_in(prompt.tolist(), special)) if reasoning else set()
+            for prompt, reasoning in zip(batch.prompts.tokens, batch.prompts.reasoning, strict=True)
+        ]
         for row, response in enumerate(batch.responses):
             place = divmod(row, batch.group_size)
+            reasoning = bool(batch.prompts.reasoning[place[0]])
+            if reasoning:
+                chains[place] = chain_figures(
+                    response.tolist(), history=shown[place[0]], special=special, decode=decode
+                )
             answer = parse_answer(
                 response.tolist(),
-                mode="reasoning" if batch.prompts.reasoning[place[0]] else "direct",
-                special=self.constraint.tokens,
-                decode=self.tokenizer.decode,
+                mode="reasoning" if reasoning else "direct",
+                special=special,
+                decode=decode,
                 minimum_think_tokens=self.minimum_think_tokens,
                 forced=bool(forced_R[row]),
             )
@@ -88,6 +102,7 @@ class RewardWorker:
             forced=forced_R.reshape(shape),
             items=items,
             lengths=batch.responses.lengths.astype(np.int32).reshape(shape),
+            chains=chains,
         )
 
 

@@ -27,6 +27,7 @@ from evaluation.metrics import pass_at_k, ranking_metrics
 from evaluation.ranking import merge_chains
 from item_index.ragged import RaggedArray
 from learner.rollouts import RolloutBatch, RolloutPrompts
+from rewards.chains import chain_metrics
 
 SHOWN_METRICS = ("recall@1", "recall@5", "recall@10", "recall@50", "ndcg@5", "ndcg@10", "coverage@10", "valid_rate")
 
@@ -172,6 +173,8 @@ def reasoning_result(
         "response_tokens": float(scores.lengths.mean()),
         "mean_reward": float(scores.rewards.mean()),
     }
+    figures = chain_metrics(scores.chains, minimum_think_tokens=settings.train.minimum_think_tokens)
+    metrics |= {f"chains/{name}": value for name, value in figures.items()}
     metrics |= {f"pass@{k}": pass_at_k(scores.hits, k) for k in (1, 5, 10) if k <= chains}
     return ModeResult(metrics, ranked, batch)
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cluster.index import STAGE_FILE, index_stage, read_data
+from cluster.index import STAGE_FILE, VECTORS_FILE, index_stage, read_data
 from cluster.index_growth import update_index_stage
 from cluster.progress import console
 from cluster.settings import Settings
@@ -23,6 +23,7 @@ from curriculum.corpus import build_corpus, load_corpus
 from item_index.input_error import InputError
 from item_index.semantic_ids import SemanticIdIndex
 from item_index.tokens import SemanticIdTokens
+from item_index.vectors import vectors_of
 
 
 def corpus_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
@@ -31,8 +32,12 @@ def corpus_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str
     corpus = settings.corpus
     summary = build_corpus(
         folder, catalogue=catalogue, sequences=sequences, index=SemanticIdIndex.load(settings.folder / "index"),
+        item_vectors_ID=vectors_of(settings.folder / "index" / VECTORS_FILE, catalogue.item_ids),
         checkpoint=settings.model.checkpoint, history_items=corpus.history_items,
-        minimum_history=corpus.minimum_history, rewritten_history_items=corpus.rewritten_history_items,
+        minimum_history=corpus.minimum_history, removed_share=corpus.removed_share,
+        rewritten_history_items=corpus.rewritten_history_items,
+        maximum_think_characters=corpus.maximum_think_characters,
+        minimum_think_tokens=settings.train.minimum_think_tokens,
         reasoning_rows=corpus.reasoning_rows, rl_holdout=corpus.rl_holdout, text_vocabulary=corpus.text_vocabulary,
         seed=settings.seed,
     )  # fmt: skip
@@ -42,6 +47,14 @@ def corpus_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str
         f"rewriting removes {summary['removed_share']:.0%} of the history), {summary['held_out_targets']} targets held "
         f"out for RL; split {summary['split_fingerprint'][:12]}"
     )
+    for reason, count in summary["rejected_traces"].items():
+        console.print(f"corpus: {count} traces rejected: {reason} (see {folder / 'rejected.parquet'})", markup=False)
+    if chains := summary["chains"]:
+        console.print(
+            f"corpus: chains of {chains['think_tokens']:.0f} think tokens (10 % below {chains['think_tokens_10']:.0f}, "
+            f"10 % above {chains['think_tokens_90']:.0f}), rewritten histories of {chains['rewritten_items']:.1f} items"
+        )
+        tracker.metrics({f"chains/{name}": value for name, value in chains.items()})
     return summary
 
 
@@ -95,7 +108,9 @@ class Stage:
 
 STAGES = {
     "index": Stage(index_stage, ("data", "index"), (), "index"),
-    "corpus": Stage(corpus_stage, ("data", "corpus", "model.checkpoint"), ("index",), "corpus"),
+    "corpus": Stage(
+        corpus_stage, ("data", "corpus", "model.checkpoint", "train.minimum_think_tokens"), ("index",), "corpus"
+    ),
     "sft": Stage(sft_stage, ("sft", "model"), ("corpus",), "sft"),
     "train": Stage(train_stage, ("train", "cluster.dtype"), ("sft",), "train"),
     "evaluate": Stage(

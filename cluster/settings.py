@@ -118,7 +118,15 @@ class CorpusSettings(Section):
     reasoning_rows: int | None = Field(
         None, ge=0, description="Reasoning rows at most, drawn by the seed; all when null."
     )
-    rewritten_history_items: int = Field(6, ge=1, description="Items that a rewritten history keeps at most.")
+    removed_share: float = Field(
+        0.3, ge=0, lt=1, description="Share of a history that its rewriting removes, the items with least evidence."
+    )
+    rewritten_history_items: int | None = Field(
+        None, ge=1, description="Items that a rewritten history keeps at most, the best ones; no bound when null."
+    )
+    maximum_think_characters: int = Field(
+        4000, ge=1, description="Characters of a trace's four steps above which it is rejected."
+    )
     rl_holdout: float = Field(0.1, ge=0, lt=1, description="Share of train targets kept out of supervised rows for RL.")
     text_vocabulary: int = Field(600, ge=257, description="BPE tokens of a tokenizer that is trained from scratch.")
 

@@ -27,6 +27,7 @@ from cluster.tracking import Tracker
 from curriculum.corpus import Corpus
 from item_index.constraint import MODES
 from learner.advantages import bonus_calibrated_advantages, groups_with_variance
+from rewards.chains import chain_metrics
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class SrpoLoop:
         total = time.perf_counter() - started
         responses = sum(scores.rewards.size for _, scores in scored)
         return {
-            **rollout_metrics(scored),
+            **rollout_metrics(scored, minimum_think_tokens=train.minimum_think_tokens),
             **{f"learner/{name}": value for name, value in learnt.items()},
             "groups_generated": float(sum(len(reasoning) for reasoning, _ in scored)),
             "groups_trained": float(len(chosen)),
@@ -183,8 +184,8 @@ class SrpoLoop:
         }
 
 
-def rollout_metrics(scored: list[tuple[np.ndarray, ScoredResponses]]) -> dict[str, float]:
-    """Means over all generated groups, by mode."""
+def rollout_metrics(scored: list[tuple[np.ndarray, ScoredResponses]], *, minimum_think_tokens: int) -> dict[str, float]:
+    """Means over all generated groups, by mode, and under `chains/` what the reasoning chains are made of."""
     metrics: dict[str, float] = {}
     reasoning = np.concatenate([flags for flags, _ in scored])
 
@@ -207,4 +208,5 @@ def rollout_metrics(scored: list[tuple[np.ndarray, ScoredResponses]]) -> dict[st
             groups_with_variance(torch.from_numpy(rewards[rows])).float().mean()
         )
     metrics["forced_close_rate"] = float(column("forced")[reasoning].mean()) if reasoning.any() else 0.0
-    return metrics
+    chains = chain_metrics(column("chains")[reasoning], minimum_think_tokens=minimum_think_tokens)
+    return metrics | {f"chains/{name}": value for name, value in chains.items()}

@@ -13,14 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
+from curriculum.denoising import Denoiser
 from curriculum.interactions import UserSequences
 from curriculum.prompts import PromptBuilder
-from curriculum.reasoning import MetadataTeacher, quality_problem
+from curriculum.reasoning import MetadataTeacher, ReasoningTrace, quality_problem
 from curriculum.rows import ReasoningExample, held_out_targets, places_in_sequence, train_positions
 from curriculum.tokenizer import load_tokenizer, train_tokenizer
 from item_index.catalogue import Catalogue
+from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from item_index.tokens import SemanticIdTokens
+from rewards.chains import CHAIN, chain_figures, chain_metrics
+
+REJECTED_EXAMPLES = 3  # of each reason that are written down
 
 
 @dataclass(frozen=True)
@@ -37,49 +42,87 @@ class Corpus:
     summary: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class RejectedTrace:
+    """An example of what the quality gate turned away; `position` is the target's place in the flat items."""
+
+    reason: str
+    position: int
+    title: str
+    trace: str
+
+
 def write_reasoning_examples(
     catalogue: Catalogue,
     sequences: UserSequences,
     held_out: np.ndarray,
     index: SemanticIdIndex,
+    denoiser: Denoiser,
     *,
     history_items: int,
     minimum_history: int,
-    rewritten_history_items: int,
+    maximum_think_characters: int,
     rows: int | None,
     seed: int,
-) -> tuple[list[ReasoningExample], dict[str, Any]]:
+) -> tuple[list[ReasoningExample], list[RejectedTrace], dict[str, Any]]:
     """Traces of the embedded teacher for train targets that are not held out, and what the quality gate said.
 
-    At most `rows` targets, drawn by the seed; rejected traces are counted by reason, with the first of each reason.
+    At most `rows` targets, drawn by the seed. Rejected traces are counted by reason, and the first three of each reason
+    come back with the target's title.
     """
-    teacher = MetadataTeacher(catalogue, rewritten_history_items=rewritten_history_items)
+    teacher = MetadataTeacher(catalogue)
     places = places_in_sequence(sequences)
     eligible = np.nonzero(train_positions(sequences) & (places >= minimum_history) & ~held_out)[0]
     chosen = np.random.default_rng([seed, 2]).permutation(eligible)[:rows]
+    histories = [sequences.items[max(at - places[at], at - history_items) : at] for at in chosen]
+    users = np.searchsorted(sequences.offsets_U1, chosen, side="right") - 1
+    rewritings = denoiser.keep_many(RaggedArray.of(histories, np.int64), sequences.items[chosen], users)
     examples: list[ReasoningExample] = []
-    rejected, first_rejected = Counter[str](), dict[str, str]()
-    removed, history_total = 0, 0
-    for at in chosen:
-        history = sequences.items[max(at - places[at], at - history_items) : at]
-        target = int(sequences.items[at])
-        trace = teacher.trace(history.tolist(), target)
-        problem = quality_problem(trace, catalogue, target)
-        if problem is not None:
-            rejected[problem] += 1
-            first_rejected.setdefault(problem, " ".join(trace.steps))
-            continue
+    rejected: list[RejectedTrace] = []
+    reasons = Counter[str]()
+    lengths: list[int] = []
+    removed = 0
+    for at, items, rewritten in zip(chosen, histories, rewritings, strict=True):
+        history, target = tuple(items.tolist()), int(sequences.items[at])
+        trace = ReasoningTrace(
+            teacher.steps(history, target), tuple(rewritten.tolist()), removed=len(history) - len(rewritten)
+        )
+        problem = quality_problem(
+            trace, catalogue, target, history=history, target_text=index.text(target),
+            maximum_characters=maximum_think_characters,
+        )  # fmt: skip
         think, rewriting = trace.render(index.text)
-        examples.append(ReasoningExample(int(at), tuple(history.tolist()), target, think, rewriting))
+        if problem is not None:
+            reasons[problem] += 1
+            if reasons[problem] <= REJECTED_EXAMPLES:
+                rejected.append(RejectedTrace(problem, int(at), catalogue.titles[target], f"{think}\n{rewriting}"))
+            continue
+        examples.append(ReasoningExample(int(at), history, target, think, rewriting))
+        lengths.append(len(history))
         removed += trace.removed
-        history_total += len(history)
+    _, by_bound_E = denoiser.removals(np.array(lengths, dtype=np.int64))
     counts = {
         "reasoning_rows": len(examples),
-        "rejected_traces": dict(rejected),
-        "first_rejected": first_rejected,
-        "removed_share": removed / max(history_total, 1),
+        "rejected_traces": dict(reasons),
+        "removed_items": removed,
+        "removed_share": removed / max(sum(lengths), 1),
+        "removed_by_bound": int(by_bound_E.sum()),
     }
-    return examples, counts
+    return examples, rejected, counts
+
+
+def corpus_chains(examples: list[ReasoningExample], builder: PromptBuilder) -> np.ndarray:
+    """Figures of the examples' own chains, dtype `rewards.chains.CHAIN` [examples], to hold a policy against."""
+    index = builder.index
+    codes = [tuple(row[:length]) for row, length in zip(index.codes_IL.tolist(), index.lengths_I, strict=True)]
+    chains = np.zeros(len(examples), CHAIN)
+    for number, example in enumerate(examples):
+        chains[number] = chain_figures(
+            builder.reasoning_response(example.think, example.rewriting, example.target),
+            history={codes[item] for item in example.history}, special=builder.tokens,
+            decode=builder.tokenizer.decode,
+        )  # fmt: skip
+    return chains
 
 
 def build_corpus(
@@ -88,21 +131,29 @@ def build_corpus(
     catalogue: Catalogue,
     sequences: UserSequences,
     index: SemanticIdIndex,
+    item_vectors_ID: np.ndarray,
     checkpoint: str | None,
     history_items: int,
     minimum_history: int,
-    rewritten_history_items: int,
+    removed_share: float,
+    rewritten_history_items: int | None,
+    maximum_think_characters: int,
+    minimum_think_tokens: int,
     reasoning_rows: int | None,
     rl_holdout: float,
     text_vocabulary: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Write the corpus folder; returns its summary."""
+    """Write the corpus folder; returns its summary. `item_vectors_ID` are the vectors of the catalogue's items."""
     folder.mkdir(parents=True, exist_ok=True)
     held_out = held_out_targets(sequences, share=rl_holdout, minimum_history=minimum_history, seed=seed)
-    examples, counts = write_reasoning_examples(
-        catalogue, sequences, held_out, index, history_items=history_items, minimum_history=minimum_history,
-        rewritten_history_items=rewritten_history_items, rows=reasoning_rows, seed=seed,
+    denoiser = Denoiser(
+        item_vectors_ID, sequences.train_matrix(len(catalogue)), removed_share=removed_share,
+        maximum_items=rewritten_history_items,
+    )  # fmt: skip
+    examples, rejected, counts = write_reasoning_examples(
+        catalogue, sequences, held_out, index, denoiser, history_items=history_items, minimum_history=minimum_history,
+        maximum_think_characters=maximum_think_characters, rows=reasoning_rows, seed=seed,
     )  # fmt: skip
     tokenizer = (
         load_tokenizer(checkpoint, index)
@@ -114,6 +165,8 @@ def build_corpus(
         )
     )
     tokenizer.save_pretrained(folder / "tokenizer")
+    builder = PromptBuilder(tokenizer, index, SemanticIdTokens.of(tokenizer, index), history_items=history_items)
+    counts["chains"] = chain_metrics(corpus_chains(examples, builder), minimum_think_tokens=minimum_think_tokens)
     pq.write_table(
         pa.table(
             {
@@ -158,6 +211,20 @@ def build_corpus(
             ),
         ),
         folder / "reasoning.parquet",
+    )
+    pq.write_table(
+        pa.table(
+            {
+                "reason": [example.reason for example in rejected],
+                "position": [example.position for example in rejected],
+                "title": [example.title for example in rejected],
+                "trace": [example.trace for example in rejected],
+            },
+            schema=pa.schema(
+                {"reason": pa.string(), "position": pa.int64(), "title": pa.string(), "trace": pa.string()}
+            ),
+        ),
+        folder / "rejected.parquet",
     )
     summary = {
         "index_version": index.version,

@@ -1,7 +1,8 @@
 """Reasoning traces: the embedded teacher, which argues from item metadata, and the gate that every trace has to pass.
 
 A trace has the five steps of section 2 of the paper. Steps 1 to 4 go inside the think block, step 5 is the denoised
-history behind it. The vocabulary is small and regular, because small models have to learn to write it.
+history behind it, which `curriculum.denoising` makes whoever the teacher is. The embedded teacher's vocabulary is small
+and regular, because small models have to learn to write it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,18 @@ from item_index.catalogue import Catalogue
 from item_index.text import clean_text
 from rewards.answer import REWRITE_MARKER, STEP_MARKERS
 
+Steps = tuple[str, str, str, str]
+"""Steps 1 to 4, each beginning with its marker of `rewards.answer.STEP_MARKERS`."""
+
 RECENT_ITEMS = 5
 DESCRIBED_CATEGORIES = 3
+MAXIMUM_THINK_CHARACTERS = 4000
+
+# What tokenizers take for a token of its own wherever it stands in a text: codes, roles and ends of the <|..|> kind,
+# tags such as <think>, </s> and <bos>, and the names that older tokenizers put into brackets.
+_SPECIAL_TOKEN = re.compile(
+    r"<[|｜][^<>]*[|｜]>|</?[A-Za-z][\w-]*>|\[/?(?:INST|PAD|UNK|BOS|EOS|CLS|SEP|MASK|TOOL_CALLS|TOOL_RESULTS)\]"
+)
 
 _PUNCTUATION = re.compile(r"[\s.,;:|]+")
 _TRAILING_YEAR = re.compile(r"\s*\(\d{4}\)\s*$")
@@ -32,12 +43,12 @@ class ReasoningTrace:
     """One reasoning chain without its answer.
 
     Attributes:
-        steps: steps 1 to 4, each beginning with its marker of `rewards.answer.STEP_MARKERS`.
+        steps: steps 1 to 4, by a teacher.
         rewritten: step 5, the items (rows of the catalogue) of the history that are kept, in their order.
         removed: how many items of the history were not kept.
     """
 
-    steps: tuple[str, str, str, str]
+    steps: Steps
     rewritten: tuple[int, ...]
     removed: int
 
@@ -47,22 +58,16 @@ class ReasoningTrace:
 
 
 class MetadataTeacher:
-    """Writes traces from categories and brands alone; the same history and target always give the same trace.
+    """Writes steps from categories and brands alone; the same history and target always give the same steps.
 
     Steps 1 to 3 are functions of the history: they never see the target. Step 4 describes the target by at most three
-    categories (the rarest of the catalogue, the most general of them first) and its brand, never by its title. Step 5
-    keeps the items that share a category with this description, at most the latest `rewritten_history_items` of them,
-    or the latest item of the history where none does. Step 5 knows the target's kind, which no model does at inference:
-    compare the answer's loss under the teacher's rewriting and under the model's own.
+    categories (the rarest of the catalogue, the most general of them first) and its brand, never by its title.
 
     Category names are written in lower case, free of markup, special tokens and punctuation between words. Categories
     that every item has are left out, because they tell nothing apart.
     """
 
-    def __init__(self, catalogue: Catalogue, *, rewritten_history_items: int = 6) -> None:
-        if rewritten_history_items < 1:
-            raise ValueError(f"rewritten_history_items must be at least 1, got {rewritten_history_items}")
-        self.rewritten_history_items = rewritten_history_items
+    def __init__(self, catalogue: Catalogue) -> None:
         words = [tuple(dict.fromkeys(filter(None, map(_words, names)))) for names in catalogue.categories]
         items_with = Counter(category for categories in words for category in categories)
         described_items = sum(bool(categories) for categories in words)
@@ -70,8 +75,8 @@ class MetadataTeacher:
         self._categories = [tuple(name for name in categories if name in self._frequency) for categories in words]
         self._brands = [_words(brand) for brand in catalogue.brands]
 
-    def trace(self, history: Sequence[int], target: int) -> ReasoningTrace:
-        """The trace for a history (rows of the catalogue in time order, at least one) and the true next item.
+    def steps(self, history: Sequence[int], target: int) -> Steps:
+        """Steps 1 to 4 for a history (rows of the catalogue in time order, at least one) and the true next item.
 
         Counts are over the whole `history`, so pass the part of it that the model sees. Raises ValueError for an empty
         history and for rows outside the catalogue.
@@ -83,13 +88,7 @@ class MetadataTeacher:
             if not 0 <= item < len(self._categories):
                 raise ValueError(f"item {item} is not a row of the {len(self._categories)} items")
         described = self._description(target)
-        matching = [item for item in items if set(described) & set(self._categories[item])]
-        rewritten = matching[-self.rewritten_history_items :] or items[-1:]
-        return ReasoningTrace(
-            steps=(*self._steps_from_history(items), self._recommendation(described, self._brands[target])),
-            rewritten=tuple(rewritten),
-            removed=len(items) - len(rewritten),
-        )
+        return (*self._steps_from_history(items), self._recommendation(described, self._brands[target]))
 
     def _steps_from_history(self, items: list[int]) -> tuple[str, str, str]:
         """Behavioural evidence, latent preference and intent."""
@@ -141,36 +140,88 @@ class MetadataTeacher:
         return f"{STEP_MARKERS[3]} {kind}{f' by {brand}' if brand else ''}."
 
 
-def quality_problem(trace: ReasoningTrace, catalogue: Catalogue, target: int) -> str | None:
-    """Why a trace is to be rejected, None where it is not.
+def quality_problem(
+    trace: ReasoningTrace,
+    catalogue: Catalogue,
+    target: int,
+    *,
+    history: Sequence[int],
+    target_text: str,
+    maximum_characters: int = MAXIMUM_THINK_CHARACTERS,
+) -> str | None:
+    """Why a trace, by whatever teacher, is to be rejected; None where it is not.
 
-    Each step has to begin with its own marker and say something, no marker may occur twice, and no step may name the
-    target's title verbatim: in any case, without a trailing year in parentheses, as whole words. Titles that cannot be
-    told from ordinary speech are not looked for: fewer than 3 characters, a number, a category or brand of the
-    catalogue, or one word of the teacher's own sentences. The reasons name no item, so that they can be counted.
+    The first of these that holds, in this order. The reasons name no item, so that they can be counted:
+
+    1. "step marker '..' is missing" or ".. is out of order" or "the step '..' is empty", step by step; then
+       "step marker '..' occurs more than once".
+    2. "the steps are over the character limit": joined by blanks, more than `maximum_characters`.
+    3. "a step names the target by its semantic ID", "a step holds a special token". Within a row such text turns into
+       tokens that have a meaning of their own, those of structure among them.
+    4. "the target's title is named": verbatim, in any case, without a trailing year in parentheses, as whole words.
+       Titles that cannot be told from ordinary speech are not looked for: fewer than 3 characters, a number, a category
+       or brand of the catalogue, or one word of the embedded teacher's own sentences.
+    5. "the rewriting is empty", "the rewriting holds an item that is not in the history", "the rewriting repeats an
+       item", "the rewriting has another order than the history".
+
+    Args:
+        history: rows of the catalogue that the trace was written for, in time order.
+        target_text: the target's semantic ID as its tokens are written.
+        maximum_characters: of steps 1 to 4 together.
     """
-    for marker, step in zip(STEP_MARKERS, trace.steps, strict=True):
+    text = " ".join(trace.steps)
+    problem = _marker_problem(trace.steps)
+    if problem is not None:
+        return problem
+    if len(text) > maximum_characters:
+        return "the steps are over the character limit"
+    if target_text in text:
+        return "a step names the target by its semantic ID"
+    if _SPECIAL_TOKEN.search(text):
+        return "a step holds a special token"
+    if _names_title(text, catalogue, target):
+        return "the target's title is named"
+    return _rewriting_problem(trace.rewritten, history)
+
+
+def _marker_problem(steps: Steps) -> str | None:
+    for marker, step in zip(STEP_MARKERS, steps, strict=True):
         if not step.startswith(marker):
-            known = any(other.startswith(marker) for other in trace.steps)
+            known = any(other.startswith(marker) for other in steps)
             return f"step marker '{marker}' is {'out of order' if known else 'missing'}"
         if not step.removeprefix(marker).strip(" ."):
             return f"the step '{marker}' is empty"
-    text = " ".join(trace.steps)
     for marker in STEP_MARKERS:
-        if text.count(marker) > 1:
+        if " ".join(steps).count(marker) > 1:
             return f"step marker '{marker}' occurs more than once"
+    return None
+
+
+def _names_title(text: str, catalogue: Catalogue, target: int) -> bool:
     title = _TRAILING_YEAR.sub("", clean_text(catalogue.titles[target])).casefold()
     if len(title) < 3 or title.isdigit() or title in _SENTENCE_WORDS.split():
-        return None
+        return False
     if not re.search(rf"(?<!\w){re.escape(title)}(?!\w)", clean_text(text).casefold()):
-        return None
+        return False
     # Looked up after the match, which is rare, because it goes through the whole catalogue.
     name = _words(title)
     if any(name == _words(brand) for brand in catalogue.brands):
-        return None
-    if any(name == _words(category) for categories in catalogue.categories for category in categories):
-        return None
-    return "the target's title is named"
+        return False
+    return not any(name == _words(category) for categories in catalogue.categories for category in categories)
+
+
+def _rewriting_problem(rewritten: Sequence[int], history: Sequence[int]) -> str | None:
+    if not rewritten:
+        return "the rewriting is empty"
+    had = Counter(history)
+    if any(item not in had for item in rewritten):
+        return "the rewriting holds an item that is not in the history"
+    if Counter(rewritten) - had:
+        return "the rewriting repeats an item"
+    remaining = iter(history)
+    if not all(item in remaining for item in rewritten):
+        return "the rewriting has another order than the history"
+    return None
 
 
 def _words(name: str) -> str:

@@ -105,6 +105,21 @@ def read_vectors(path: str | os.PathLike[str]) -> tuple[list[str | int], np.ndar
     return item_ids, vectors_ID
 
 
+def vectors_of(path: str | os.PathLike[str], item_ids: Sequence[str | int]) -> np.ndarray:
+    """The vectors of these items, float32 [len(item_ids), D], wherever they stand in the file.
+
+    Raises InputError that names an item which the file lacks, and like `read_vectors`.
+    """
+    known_ids, vectors = read_vectors(path)
+    place = {item_id: row for row, item_id in enumerate(known_ids)}
+    missing = [item_id for item_id in item_ids if item_id not in place]
+    if missing:
+        raise InputError(
+            f"{len(missing)} items have no vector, among them {missing[0]!r}", file=path, field=ID_FIELD, remedy=_REMEDY
+        )
+    return vectors[np.array([place[item_id] for item_id in item_ids], dtype=np.int64)]
+
+
 def first_row_not_finite(vectors: np.ndarray) -> int | None:
     """The first row that holds NaN or an infinity."""
     bad = np.nonzero(~np.isfinite(vectors).all(axis=1))[0]

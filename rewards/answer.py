@@ -96,6 +96,17 @@ def parse_answer(
     return ParsedAnswer(codes=codes, well_formed=not problem, problem=problem)
 
 
+def leading_steps(think_text: str) -> int:
+    """How many step markers stand in the text in their order, up to the first that is missing or out of order."""
+    place = 0
+    for number, marker in enumerate(STEP_MARKERS):
+        found = think_text.find(marker, place)
+        if found < 0:
+            return number
+        place = found + len(marker)
+    return len(STEP_MARKERS)
+
+
 def _leading_codes(tokens: Sequence[int], special: ResponseTokens) -> tuple[int, ...] | None:
     """Codes of the semantic ID that `tokens` begin with; None where they begin with none."""
     codes: list[int] = []
@@ -139,13 +150,9 @@ def _reasoning_problem(
         return f"the think block has {think_end} tokens, fewer than {minimum_think_tokens}"
     if special.answer_open in response[:think_end]:
         return "the answer block opens inside the think block"
-    think_text = decode(response[:think_end])
-    place = 0
-    for marker in STEP_MARKERS:
-        found = think_text.find(marker, place)
-        if found < 0:
-            return f"step marker '{marker}' is missing or out of order"
-        place = found + len(marker)
+    steps = leading_steps(decode(response[:think_end]))
+    if steps < len(STEP_MARKERS):
+        return f"step marker '{STEP_MARKERS[steps]}' is missing or out of order"
     if special.answer_open not in response:
         return "no answer block"
     if REWRITE_MARKER not in decode(response[think_end + 1 : response.index(special.answer_open)]):

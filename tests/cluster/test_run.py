@@ -72,6 +72,10 @@ def test_all_stages_run_and_a_second_run_reuses_them(settings, capsys):
     for values in results.values():
         assert values["valid_rate"] == 1.0
         assert {"recall@10", "ndcg@10"} <= set(values)
+    summary = json.loads((settings.folder / "corpus" / "summary.json").read_text())
+    for stage in ("sft", "srpo"):  # the same figures for the teacher's chains and for the models'
+        figures = {name.removeprefix("chains/") for name in results[f"reasoning_{stage}"] if name.startswith("chains/")}
+        assert set(summary["chains"]) - {"foreign_share"} <= figures
     probe = json.loads((settings.folder / "train" / "probe.json").read_text())
     assert set(probe) == {"direct", "reasoning", "both modes"}
     assert probe["direct"]["valid_rate"] == probe["reasoning"]["valid_rate"] == 1.0
@@ -85,6 +89,8 @@ def test_all_stages_run_and_a_second_run_reuses_them(settings, capsys):
     assert steps == [(1, 1.0), (2, 2.0)]
     valid = database.execute("select value from metrics where key = 'train/valid_rate'").fetchall()
     assert valid == [(1.0,), (1.0,)]
+    lengths = database.execute("select value from metrics where key = 'train/chains/think_tokens'").fetchall()
+    assert len(lengths) == 2
     parameters = dict(database.execute("select key, value from params"))
     assert parameters["train.responses"] == "6"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from curriculum.prompts import SYSTEM_PROMPTS, PromptBuilder
-from curriculum.reasoning import MetadataTeacher
+from curriculum.reasoning import MetadataTeacher, ReasoningTrace
 from item_index.catalogue import Catalogue
 from item_index.input_error import InputError
 from item_index.ragged import RaggedArray
@@ -80,7 +80,8 @@ def test_a_template_that_does_not_show_the_history_once_is_an_input_error(tiny, 
 @pytest.mark.parametrize("target", [0, 5, 7, 30])
 def test_a_reasoning_response_reads_back_as_a_well_formed_answer(tiny, catalogue, target):
     history = [1, 4, 8, 5, 30, 2, 11]
-    think, rewriting = MetadataTeacher(catalogue).trace(history, target).render(tiny.index.text)
+    trace = ReasoningTrace(MetadataTeacher(catalogue).steps(history, target), (4, 5, 2), removed=4)
+    think, rewriting = trace.render(tiny.index.text)
     response = tiny.builder.reasoning_response(think, rewriting, target)
     answer = parse_answer(response, mode="reasoning", special=tiny.constraint.tokens, decode=tiny.tokenizer.decode)
     assert answer.problem == ""
@@ -101,7 +102,8 @@ def test_a_direct_response_reads_back_as_the_item(tiny, target):
 
 @pytest.mark.parametrize("target", [0, 5, 7, 30])
 def test_what_is_taught_is_allowed_by_the_constraint_under_which_it_is_sampled(tiny, catalogue, target):
-    think, rewriting = MetadataTeacher(catalogue).trace([1, 4, 8, 5, 30], target).render(tiny.index.text)
+    trace = ReasoningTrace(MetadataTeacher(catalogue).steps([1, 4, 8, 5, 30], target), (1, 5, 30), removed=2)
+    think, rewriting = trace.render(tiny.index.text)
     reasoning = tiny.builder.reasoning_response(think, rewriting, target)
     direct = tiny.builder.direct_response(target)
     states = tiny.constraint.start(

@@ -36,72 +36,55 @@ KINDS = catalogue_of(
 
 
 def test_hand_written_trace() -> None:
-    trace = MetadataTeacher(KINDS).trace([0, 0, 1, 2, 4, 3, 6, 3], target=1)
-    assert trace.steps == (
+    assert MetadataTeacher(KINDS).steps([0, 0, 1, 2, 4, 3, 6, 3], target=1) == (
         "Evidence: 8 items, mostly action 3, drama 3, romance 2; lately action 3, sci-fi 2.",
         "Preference: shifting taste for action and drama, rising interest in action, fading interest in drama.",
         "Intent: the next item is likely action or sci-fi.",
         "Recommendation: an item of drama and romance.",
     )
-    assert trace.rewritten == (0, 0, 1, 4)
-    assert trace.removed == 4
 
 
 def test_steady_taste_and_short_history() -> None:
-    trace = MetadataTeacher(KINDS).trace([0, 1], target=2)
-    assert trace.steps == (
+    assert MetadataTeacher(KINDS).steps([0, 1], target=2) == (
         "Evidence: 2 items, mostly drama 2, romance 1.",
         "Preference: steady taste for drama and romance.",
         "Intent: the next item is likely drama or romance.",
         "Recommendation: an item of comedy.",
     )
-    assert trace.rewritten == (1,)  # nothing shares a category: the latest item
-    assert trace.removed == 1
 
 
 def test_brands() -> None:
     catalogue = catalogue_of([("Strings",), ("Strings", "Guitars"), ("Drums",)], brands=["Acme", "ACME ", "Bonk, Ltd."])
-    trace = MetadataTeacher(catalogue).trace([0, 1, 2], target=2)
-    assert trace.steps[0] == "Evidence: 3 items, mostly strings 2, drums 1, guitars 1; often by acme 2."
-    assert trace.steps[3] == "Recommendation: an item of drums by bonk ltd."
-    assert trace.rewritten == (2,)
+    steps = MetadataTeacher(catalogue).steps([0, 1, 2], target=2)
+    assert steps[0] == "Evidence: 3 items, mostly strings 2, drums 1, guitars 1; often by acme 2."
+    assert steps[3] == "Recommendation: an item of drums by bonk ltd."
 
 
 def test_items_without_categories() -> None:
     teacher = MetadataTeacher(catalogue_of([(), ("Drama",), ("Comedy",)]))
-    trace = teacher.trace([0, 0], target=0)
-    assert trace.steps == (
+    assert teacher.steps([0, 0], target=0) == (
         "Evidence: 2 items, no stated kind.",
         "Preference: no clear taste.",
         "Intent: the next item is likely of no clear kind.",
         "Recommendation: an item of no stated kind.",
     )
-    assert trace.rewritten == (0,)
-    assert trace.removed == 1
 
 
-def test_target_is_described_by_its_rarest_categories_and_the_rewriting_goes_by_these() -> None:
+def test_target_is_described_by_its_rarest_categories() -> None:
     catalogue = catalogue_of(
         [("All", "Wide", "Mid", "Fine", "Own")]
         + [("All", "Wide")] * 4
         + [("All", "Mid")] * 2
         + [("All", "Fine"), ("All",)]
     )
-    trace = MetadataTeacher(catalogue).trace([1, 5, 7, 8, 6, 2], target=0)
-    assert trace.steps[3] == "Recommendation: an item of mid and fine and own."
-    assert trace.rewritten == (5, 7, 6)
-    assert "all" not in " ".join(trace.steps).split()  # every item has it
-
-
-def test_rewriting_keeps_the_latest() -> None:
-    trace = MetadataTeacher(KINDS, rewritten_history_items=2).trace([0, 1, 2, 0, 4, 3], target=1)
-    assert trace.rewritten == (0, 4)
-    assert trace.removed == 4
+    steps = MetadataTeacher(catalogue).steps([1, 5, 7, 8, 6, 2], target=0)
+    assert steps[3] == "Recommendation: an item of mid and fine and own."
+    assert "all" not in " ".join(steps).split()  # every item has it
 
 
 def test_markup_and_special_tokens_in_categories_do_not_come_through() -> None:
     catalogue = catalogue_of([("<|a_1|>Rock &amp; Roll", "</think>"), ("Jazz; Blues.",), ()])
-    text = " ".join(MetadataTeacher(catalogue).trace([0, 1], target=1).steps)
+    text = " ".join(MetadataTeacher(catalogue).steps([0, 1], target=1))
     assert "<" not in text
     assert "rock & roll 1" in text
     assert "an item of jazz blues." in text
@@ -124,53 +107,52 @@ catalogues = st.lists(
 def test_properties(catalogue: Catalogue, data: st.DataObject) -> None:
     row = st.integers(0, len(catalogue) - 1)
     history = data.draw(st.lists(row, min_size=1, max_size=25))
-    target, other_target, limit = data.draw(row), data.draw(row), data.draw(st.integers(1, 8))
-    teacher = MetadataTeacher(catalogue, rewritten_history_items=limit)
-    trace = teacher.trace(history, target)
-    assert trace == MetadataTeacher(catalogue, rewritten_history_items=limit).trace(history, target)
-    assert trace.steps[:3] == teacher.trace(history, other_target).steps[:3]
-    assert all(step.startswith(marker) for marker, step in zip(STEP_MARKERS, trace.steps, strict=True))
-    assert quality_problem(trace, catalogue, target) is None
-
-    remaining = iter(history)
-    assert all(item in remaining for item in trace.rewritten)  # a subsequence
-    assert 1 <= len(trace.rewritten) <= limit
-    assert trace.removed == len(history) - len(trace.rewritten)
-    described = trace.steps[3].removeprefix("Recommendation: an item of ")
-    if len(trace.rewritten) > 1:
-        assert all(any(name.lower() in described for name in catalogue.categories[item]) for item in trace.rewritten)
+    target, other_target = data.draw(row), data.draw(row)
+    teacher = MetadataTeacher(catalogue)
+    steps = teacher.steps(history, target)
+    assert steps == MetadataTeacher(catalogue).steps(history, target)
+    assert steps[:3] == teacher.steps(history, other_target)[:3]
+    assert all(step.startswith(marker) for marker, step in zip(STEP_MARKERS, steps, strict=True))
+    trace = ReasoningTrace(steps, tuple(history), 0)
+    assert quality_problem(trace, catalogue, target, history=history, target_text="<|a_1|>") is None
 
 
-def test_titles_of_the_target_do_not_change_the_trace() -> None:
+def test_titles_of_the_target_do_not_change_the_steps() -> None:
     renamed = replace(KINDS, titles=tuple("Other" for _ in KINDS.titles))
-    assert MetadataTeacher(KINDS).trace([0, 1, 3], 7) == MetadataTeacher(renamed).trace([0, 1, 3], 7)
+    assert MetadataTeacher(KINDS).steps([0, 1, 3], 7) == MetadataTeacher(renamed).steps([0, 1, 3], 7)
 
 
 def test_bad_input_is_refused() -> None:
     teacher = MetadataTeacher(KINDS)
     with pytest.raises(ValueError, match="at least one item"):
-        teacher.trace([], 0)
+        teacher.steps([], 0)
     with pytest.raises(ValueError, match="item 8 is not a row of the 8 items"):
-        teacher.trace([0], 8)
+        teacher.steps([0], 8)
     with pytest.raises(ValueError, match="item -1"):
-        teacher.trace([-1], 0)
-    with pytest.raises(ValueError, match="rewritten_history_items"):
-        MetadataTeacher(KINDS, rewritten_history_items=0)
+        teacher.steps([-1], 0)
 
 
+HISTORY = (1, 0, 3)
 GOOD = ReasoningTrace(
     ("Evidence: mostly drama 3, heat 1.", "Preference: steady drama.", "Intent: drama.", "Recommendation: drama."),
-    (0,),
+    (1, 3),
     1,
 )
+TARGET_TEXT = "<|a_1|><|b_12|>"
+
+
+def problem_of(trace: ReasoningTrace, catalogue: Catalogue = KINDS, target: int = 0, **settings: int) -> str | None:
+    return quality_problem(trace, catalogue, target, history=HISTORY, target_text=TARGET_TEXT, **settings)
+
+
+def with_step(place: int, step: str, trace: ReasoningTrace = GOOD) -> ReasoningTrace:
+    steps = [*trace.steps[:place], step, *trace.steps[place + 1 :]]
+    return replace(trace, steps=(steps[0], steps[1], steps[2], steps[3]))
 
 
 def problem_with(*, title: str = "Nothing Of The Kind", place: int = 0, step: str | None = None) -> str | None:
-    steps = list(GOOD.steps)
-    if step is not None:
-        steps[place] = step
     catalogue = catalogue_of([("Drama",), ("War",)], titles=[title, "Another"], brands=["Metallica", ""])
-    return quality_problem(replace(GOOD, steps=(steps[0], steps[1], steps[2], steps[3])), catalogue, 0)
+    return problem_of(with_step(place, GOOD.steps[place] if step is None else step), catalogue)
 
 
 def test_gate_accepts_and_names_missing_steps() -> None:
@@ -180,7 +162,7 @@ def test_gate_accepts_and_names_missing_steps() -> None:
     assert problem_with(place=2, step="Intent: ") == "the step 'Intent:' is empty"
     assert problem_with(place=0, step="Evidence: a. Intent: b.") == "step marker 'Intent:' occurs more than once"
     swapped = replace(GOOD, steps=(GOOD.steps[1], GOOD.steps[0], *GOOD.steps[2:]))
-    assert quality_problem(swapped, KINDS, 0) == "step marker 'Evidence:' is out of order"
+    assert problem_of(swapped) == "step marker 'Evidence:' is out of order"
 
 
 @pytest.mark.parametrize(
@@ -213,13 +195,93 @@ def test_gate_raises_no_false_alarm(title: str, step: str) -> None:
     assert problem_with(title=title, step=step) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|a_3|>", "<|a_1|>", "<|im_start|>", "<think>", "</think>", "<answer>", "</answer>", "<s>", "</s>", "<bos>",
+        "<pad>", "<start_of_turn>", "[INST]", "[/INST]", "[PAD]", "<｜end▁of▁sentence｜>",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", range(4))
+def test_gate_rejects_special_tokens_wherever_they_stand(text: str, place: int) -> None:
+    assert problem_of(with_step(place, f"{GOOD.steps[place]} so{text}it is.")) == "a step holds a special token"
+
+
+@pytest.mark.parametrize("text", ["3 < 4 and 5 > 2", "<3", "a [REC] or [1]", "x < y, y> z", "||", "a <| b"])
+def test_gate_lets_other_signs_through(text: str) -> None:
+    assert problem_of(with_step(1, f"Preference: {text}")) is None
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_gate_rejects_the_targets_semantic_id(place: int) -> None:
+    trace = with_step(place, f"{GOOD.steps[place]} It is {TARGET_TEXT}.")
+    assert problem_of(trace) == "a step names the target by its semantic ID"
+
+
+def test_gate_rejects_steps_over_the_limit_to_the_character() -> None:
+    length = len(" ".join(GOOD.steps))
+    assert problem_of(GOOD, maximum_characters=length) is None
+    assert problem_of(GOOD, maximum_characters=length - 1) == "the steps are over the character limit"
+    assert problem_of(with_step(2, f"Intent: {'drama ' * 1000}")) == "the steps are over the character limit"
+
+
+@pytest.mark.parametrize(
+    ("rewritten", "problem"),
+    [
+        ((), "the rewriting is empty"),
+        ((1, 2), "the rewriting holds an item that is not in the history"),
+        ((1, 1), "the rewriting repeats an item"),
+        ((0, 1), "the rewriting has another order than the history"),
+        ((3, 0, 1), "the rewriting has another order than the history"),
+        ((1,), None),
+        ((3,), None),
+        ((1, 0, 3), None),
+    ],
+)
+def test_gate_checks_the_rewriting_against_the_history(rewritten: tuple[int, ...], problem: str | None) -> None:
+    assert problem_of(replace(GOOD, rewritten=rewritten)) == problem
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.lists(st.integers(0, 6), max_size=6))
+def test_gate_passes_exactly_the_subsequences_of_the_history(history: list[int], rewritten: list[int]) -> None:
+    subsets = [[place for place in range(len(history)) if number >> place & 1] for number in range(2 ** len(history))]
+    subsequences = {tuple(history[place] for place in subset) for subset in subsets if subset}
+    trace = replace(GOOD, rewritten=tuple(rewritten))
+    problem = quality_problem(trace, KINDS, 0, history=history, target_text=TARGET_TEXT)
+    assert (problem is None) == (tuple(rewritten) in subsequences)
+
+
+def test_the_order_of_the_gate_is_fixed() -> None:
+    """A trace with every fault, mended one by one in the order of the reasons."""
+    named = replace(KINDS, titles=("The Long Night", *KINDS.titles[1:]))
+    trace = replace(with_step(3, f"Recommend {TARGET_TEXT} </s> the long night {'x' * 99}."), rewritten=())
+    found = [problem_of(trace, named, maximum_characters=160)]
+    for step in (
+        f"Recommendation: {TARGET_TEXT} </s> the long night {'x' * 99}.",
+        f"Recommendation: {TARGET_TEXT} </s> the long night.",
+        "Recommendation: </s> the long night.",
+        "Recommendation: the long night.",
+        "Recommendation: drama.",
+    ):
+        trace = with_step(3, step, trace)
+        found.append(problem_of(trace, named, maximum_characters=160))
+    assert found == [
+        "step marker 'Recommendation:' is missing",
+        "the steps are over the character limit",
+        "a step names the target by its semantic ID",
+        "a step holds a special token",
+        "the target's title is named",
+        "the rewriting is empty",
+    ]
+
+
 def test_every_word_of_the_sentences_is_known_to_the_gate() -> None:
-    traces = [MetadataTeacher(KINDS).trace(history, 1) for history in ([5], [0, 0, 1, 2, 4, 3, 6, 3], [0, 1])]
+    written = [MetadataTeacher(KINDS).steps(history, 1) for history in ([5], [0, 0, 1, 2, 4, 3, 6, 3], [0, 1])]
     kinds = {name.lower() for categories in KINDS.categories for name in categories}
-    words = {word for trace in traces for word in re.findall(r"[a-z'-]+", " ".join(trace.steps).lower())} - kinds
+    words = {word for steps in written for word in re.findall(r"[a-z'-]+", " ".join(steps).lower())} - kinds
     for word in words:
         titled = replace(KINDS, titles=(word,) * len(KINDS))
-        assert all(quality_problem(trace, titled, 1) is None for trace in traces), word
+        assert all(problem_of(ReasoningTrace(steps, (1,), 2), titled, 1) is None for steps in written), word
 
 
 def test_reasoning_needs_neither_torch_nor_ray() -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from item_index.input_error import InputError
-from item_index.vectors import iterate_vectors, read_vectors, write_vectors
+from item_index.vectors import iterate_vectors, read_vectors, vectors_of, write_vectors
 
 
 def blocks_of(vectors: np.ndarray, size: int) -> list[tuple[list[str], np.ndarray]]:
@@ -120,3 +120,14 @@ def test_a_missing_file_and_one_that_is_not_parquet(tmp_path: Path) -> None:
     (tmp_path / "v.parquet").write_text("no")
     with pytest.raises(InputError, match="not readable as Parquet"):
         read_vectors(tmp_path / "v.parquet")
+
+
+def test_vectors_of_items_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "vectors.parquet"
+    vectors = np.arange(12, dtype=np.float32).reshape(4, 3)
+    write_vectors(file, [(["b", "a"], vectors[:2]), (["retired", "c"], vectors[2:])])
+    assert vectors_of(file, ["a", "b", "c"]).tolist() == vectors[[1, 0, 3]].tolist()
+    assert vectors_of(file, []).shape == (0, 3)
+    with pytest.raises(InputError, match=r"2 items have no vector, among them 'new'") as caught:
+        vectors_of(file, ["a", "new", "newer"])
+    assert str(file) in str(caught.value)

@@ -1,0 +1,66 @@
+"""The reward worker on responses drawn at random under the constraint: the figures of chains beside the rewards."""
+
+import numpy as np
+import pytest
+
+from actors.reward import RewardWorker
+from cluster.train import rollout_metrics
+from item_index.ragged import RaggedArray
+from learner.rollouts import RolloutBatch
+from rewards.chains import CHAIN, chain_metrics
+
+
+@pytest.fixture(scope="module")
+def worker(tiny):
+    return RewardWorker(str(tiny.index_folder), str(tiny.checkpoint))
+
+
+def scripted(tiny, prompts, responses):
+    """One response to each prompt, given as tokens."""
+    return RolloutBatch(
+        prompts=prompts,
+        responses=RaggedArray.of(responses, np.int32),
+        log_probabilities=RaggedArray.of([np.zeros(len(tokens)) for tokens in responses], np.float32),
+        weight_versions=np.zeros(len(prompts), dtype=np.int64),
+        index_version=tiny.index.version,
+    )
+
+
+def test_chains_are_read_against_the_history_that_the_prompt_shows(tiny, worker):
+    think = "Evidence: mostly drama. Preference: steady drama. Intent: more drama. Recommendation: a drama item."
+    prompts = tiny.prompts(["reasoning", "direct", "reasoning"], budget=400)
+    # The tiny prompts show items 0 to 3, 3 to 6 and 6 to 9; the targets are 4, 7 and 10.
+    rewriting = "Rewritten history: " + "".join(tiny.index.text(item) for item in (1, 3, 12))
+    full = tiny.builder.reasoning_response(think, rewriting, 4)
+    collapsed = tiny.builder.reasoning_response("", f"{tiny.index.text(6)}{tiny.index.text(9)}", 10)
+    scores = worker.score(scripted(tiny, prompts, [full, tiny.builder.direct_response(7), collapsed]))
+    assert scores.chains.dtype == CHAIN
+    assert scores.chains.shape == scores.rewards.shape == (3, 1)
+    think_tokens = len(tiny.tokenizer(think, add_special_tokens=False)["input_ids"])
+    assert scores.chains[0, 0].item() == (think_tokens, 4, True, 3, 1)  # item 12 is not in the history
+    assert scores.chains[1, 0].item() == (0, 0, False, 0, 0)
+    assert scores.chains[2, 0].item() == (0, 0, False, 2, 0)
+    assert scores.well_formed[:, 0].tolist() == [True, True, False]
+
+    metrics = rollout_metrics([(prompts.reasoning, scores)], minimum_think_tokens=8)
+    assert metrics["chains/empty_share"] == 0.5  # the direct response is no chain
+    assert metrics["chains/foreign_share"] == pytest.approx(1 / 5)
+    assert metrics["chains/think_tokens"] == think_tokens / 2
+
+
+def test_metrics_of_a_step_take_all_reasoning_groups_of_all_rounds(tiny, worker):
+    rounds = []
+    for seed, modes in enumerate((["reasoning", "direct"], ["direct"], ["reasoning"])):
+        prompts = tiny.prompts(modes)
+        scores = worker.score(tiny.random_rollouts(prompts, responses=5, seed=seed))
+        assert (scores.chains["foreign_items"] <= scores.chains["rewritten_items"]).all()
+        rounds.append((prompts.reasoning, scores))
+    chains = np.concatenate([scores.chains[reasoning] for reasoning, scores in rounds])
+    assert chains.shape == (2, 5)
+    expected = chain_metrics(chains, minimum_think_tokens=3)
+    metrics = rollout_metrics(rounds, minimum_think_tokens=3)
+    assert {name: value for name, value in metrics.items() if name.startswith("chains/")} == {
+        f"chains/{name}": value for name, value in expected.items()
+    }
+    direct_only = rollout_metrics(rounds[1:2], minimum_think_tokens=3)
+    assert not any(name.startswith("chains/") for name in direct_only)
