@@ -105,7 +105,7 @@ def trl(task: Task, tokens: RaggedArray, learnt: RaggedArray, *, packing: bool) 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()
 
-        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             done.seconds.append(time.perf_counter() - self.started)
             done.tokens.append(state.num_input_tokens_seen - sum(done.tokens))
 

@@ -142,7 +142,7 @@ class ModelSettings(Section):
 
 class LowRankSection(Section):
     rank: int = Field(16, ge=1, description="Rank of the added weights.")
-    alpha: float = Field(32, gt=0, description="Their scale is alpha / rank.")
+    alpha: int = Field(32, ge=1, description="Their scale is alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the added weights.")
     modules: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),

@@ -138,7 +138,7 @@ def _train(
         scaling_config=ray.train.ScalingConfig(
             num_workers=sft.ranks, use_gpu=bool(gpu), resources_per_worker=worker, placement_strategy="PACK"
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # the checker sees the class of the former version
             name=name, storage_path=str(states.resolve()),
             failure_config=ray.train.FailureConfig(max_failures=sft.maximum_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=sft.kept_states),

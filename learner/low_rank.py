@@ -19,7 +19,7 @@ class LowRankSettings:
     them."""
 
     rank: int
-    alpha: float
+    alpha: int
     dropout: float
     modules: tuple[str, ...]
 
@@ -49,14 +49,17 @@ def add_low_rank_weights(model: Any, settings: LowRankSettings, *, known_tokens:
 
 def merged_language_model(path: str, settings: LowRankSettings, weights: dict[str, torch.Tensor]) -> Any:
     """The model at `path` with trained weights (as `LearnerEngine.weights` names them), low-rank ones merged in."""
-    adapted = peft.inject_adapter_in_model(_peft_settings(settings), load_language_model(path), adapter_name=ADAPTER)
+    adapted: Any = peft.inject_adapter_in_model(
+        _peft_settings(settings), load_language_model(path), adapter_name=ADAPTER
+    )
     adapted.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False)
     adapted.tie_weights()
     merged = {}
     for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            base = module.get_base_layer().weight
-            merged[f"{name}.weight"] = base.detach() + module.get_delta_weight(ADAPTER).detach()
+            layer: Any = module  # peft types neither method
+            base = layer.get_base_layer().weight
+            merged[f"{name}.weight"] = base.detach() + layer.get_delta_weight(ADAPTER).detach()
     kept = {
         name.replace(".base_layer.", "."): weight
         for name, weight in adapted.state_dict().items()

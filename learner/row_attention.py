@@ -40,6 +40,13 @@ class RowBucket:
     gather: torch.Tensor | None
     keep: torch.Tensor | None
 
+    def padded(self, states_HTD: torch.Tensor) -> torch.Tensor:
+        """[rows, heads, longest, D] of the span's states [heads, tokens, D]; what stands in padding has no meaning."""
+        states_THD = states_HTD.transpose(0, 1)
+        if self.gather is not None:
+            states_THD = states_THD.index_select(0, self.gather)
+        return states_THD.reshape(self.rows, self.longest, *states_THD.shape[1:]).transpose(1, 2)
+
     def to(self, device: torch.device | str) -> RowBucket:
         """The same on another device."""
         if self.gather is None or self.keep is None:
@@ -96,15 +103,14 @@ def packed_row_attention(
     parts = []
     for bucket in packed_rows:
         start, stop = bucket.span
-        padded = []
-        for states in (query, key, value):
-            states_THD = states[0, :, start:stop].transpose(0, 1)
-            if bucket.gather is not None:
-                states_THD = states_THD.index_select(0, bucket.gather)
-            shape = (bucket.rows, bucket.longest, *states_THD.shape[1:])
-            padded.append(states_THD.reshape(shape).transpose(1, 2))
         attended = torch.nn.functional.scaled_dot_product_attention(
-            *padded, dropout_p=dropout if module.training else 0.0, is_causal=True, scale=scaling, enable_gqa=grouped
+            bucket.padded(query[0, :, start:stop]),
+            bucket.padded(key[0, :, start:stop]),
+            bucket.padded(value[0, :, start:stop]),
+            dropout_p=dropout if module.training else 0.0,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=grouped,
         )
         flat = attended.transpose(1, 2).flatten(0, 1)
         parts.append(flat if bucket.keep is None else flat.index_select(0, bucket.keep))

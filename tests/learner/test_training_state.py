@@ -14,7 +14,7 @@ from learner.policy import Policy, load_language_model
 from learner.row_attention import PACKED_ROWS
 from learner.training_state import check_training_state, save_training_state
 
-SETTINGS = LowRankSettings(rank=2, alpha=4.0, dropout=0.0, modules=("q_proj", "down_proj"))
+SETTINGS = LowRankSettings(rank=2, alpha=4, dropout=0.0, modules=("q_proj", "down_proj"))
 
 
 class Engine:
