@@ -150,6 +150,45 @@ class LowRankSection(Section):
     )  # fmt: skip
 
 
+class TaskSettings(Section):
+    weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False,
+        description="Rows of a pass per example; 0 leaves the task out, below 1 draws a sample, above 1 repeats.",
+    )  # fmt: skip
+    cap: int | None = Field(None, ge=0, description="Rows of a pass at most; null is no limit.")
+
+
+class AlignmentSettings(Section):
+    next_item: TaskSettings = Field(
+        default_factory=TaskSettings, description="History to next item, every train target."
+    )
+    next_title: TaskSettings = Field(default_factory=TaskSettings, description="History to the next item's title.")
+    next_description: TaskSettings = Field(
+        default_factory=TaskSettings, description="History to the next item's description."
+    )
+    titles_to_item: TaskSettings = Field(
+        default_factory=TaskSettings, description="Titles of the history to the next item."
+    )
+    item_to_index: TaskSettings = Field(
+        default_factory=TaskSettings, description="Title, description or both to their semantic ID."
+    )
+    index_to_item: TaskSettings = Field(
+        default_factory=TaskSettings, description="Semantic ID to its title, description or both."
+    )
+    item_search: TaskSettings = Field(
+        default_factory=TaskSettings, description="Preference, query or both, with or without history, to the item."
+    )
+    preference_obtain: TaskSettings = Field(
+        default_factory=TaskSettings, description="History to the user's preference in words."
+    )
+    maximum_text_tokens: int = Field(
+        512, ge=16, description="Tokens of one title, description, preference or query; the rest is cut."
+    )
+    next_item_templates: bool = Field(
+        False, description="Word next_item in several ways instead of the prompt of direct mode alone."
+    )
+
+
 class SupervisedSettings(Section):
     passes: int = Field(3, ge=1, description="Passes over the rows; windows and templates are drawn anew for each.")
     supervision: Literal["every_prefix", "dense"] = Field(
@@ -188,6 +227,9 @@ class SupervisedSettings(Section):
     )
     kept_states: int = Field(2, ge=1, description="Resumable states that are kept.")
     maximum_failures: int = Field(3, ge=0, description="Restarts of the ranks from the latest state before giving up.")
+    alignment: AlignmentSettings = Field(
+        default_factory=AlignmentSettings, description="The alignment tasks, how many rows each has, and their texts."
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> SupervisedSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
+from curriculum.alignment import alignment_texts
 from curriculum.denoising import Denoiser
 from curriculum.interactions import UserSequences
 from curriculum.prompts import PromptBuilder
@@ -159,7 +161,10 @@ def build_corpus(
         load_tokenizer(checkpoint, index)
         if checkpoint
         else train_tokenizer(
-            (f"{example.think} {example.rewriting.split('<|')[0]}" for example in examples),
+            chain(
+                alignment_texts(catalogue, ()),
+                (f"{example.think} {example.rewriting.split('<|')[0]}" for example in examples),
+            ),
             index,
             vocabulary_size=text_vocabulary,
         )

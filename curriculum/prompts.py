@@ -1,7 +1,7 @@
 """The one prompt builder: training, rollouts, evaluation and serving turn a history into token ids here.
 
 The mode is chosen by the system prompt. In reasoning mode the prompt ends with `<think>`, so a response starts inside
-the think block.
+the think block. Messages of the alignment tasks, in which words and semantic IDs are mixed, are rendered here as well.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SYSTEM_PROMPTS: dict[Mode, str] = {
 class PromptBuilder:
     """Builds prompts and supervised responses for one tokenizer and one index.
 
-    The chat template is rendered once per mode around a stand-in for the history; prompts are then put together from
-    token ids, which is exact because every semantic-ID token is one special token.
+    For histories alone, the chat template is rendered once per mode around a stand-in; prompts are then put together
+    from token ids, which is exact because every semantic-ID token is one special token.
     """
 
     def __init__(
@@ -43,13 +43,7 @@ class PromptBuilder:
 
     def _render(self, mode: Mode) -> tuple[list[int], list[int]]:
         """Token ids before and after the history."""
-        stand_in = self.index.tokens()[0][0]
-        messages = [{"role": "system", "content": SYSTEM_PROMPTS[mode]}, {"role": "user", "content": stand_in}]
-        if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        else:
-            text = f"{SYSTEM_PROMPTS[mode]}\n{stand_in}\n"
-        ids = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+        ids = self.message_prompt(SYSTEM_PROMPTS[mode], self.index.tokens()[0][0])
         place = [i for i, token in enumerate(ids) if token == int(self.tokens.code_tokens[0][0])]
         if len(place) != 1:
             raise InputError(
@@ -67,6 +61,26 @@ class PromptBuilder:
         recent = history[-self.history_items :]
         return [*before, *(token for item in recent for token in self.item_tokens[int(item)]), *after]
 
+    def message_prompt(self, system: str, message: str) -> list[int]:
+        """Token ids of a prompt with any message; semantic IDs in it are spelled as `index.text` does.
+
+        Text from outside has to be clean (`item_index.text.clean_text`), or it could spell special tokens too.
+        """
+        if self.tokenizer.chat_template:
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": message}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            text = f"{system}\n{message}\n"
+        return self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+
+    def cut_text(self, text: str, maximum_tokens: int) -> str:
+        """The longest beginning of at most `maximum_tokens` tokens, in whole characters; one character at least."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if len(encoded["input_ids"]) <= maximum_tokens:
+            return text
+        # The bytes of one character may be several tokens; the first token that is left out then begins before the cut.
+        return text[: encoded["offset_mapping"][maximum_tokens][0]].rstrip() or text[:1]
+
     def history_start(self, mode: Mode) -> int:
         """Place of the history's first token in a prompt."""
         return len(self._around[mode][0])
@@ -75,7 +89,12 @@ class PromptBuilder:
         """The target's semantic ID and the end of sequence."""
         return [*self.item_tokens[target], self.tokens.end_of_sequence]
 
+    def text_response(self, text: str) -> list[int]:
+        """A text and the end of sequence."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokens.end_of_sequence]
+
     def reasoning_response(self, think: str, rewriting: str, target: int) -> list[int]:
         """Chain, rewritten history and answer, as the model has to write them after `<think>`."""
-        text = f"{think}{THINK_CLOSE}{rewriting}{ANSWER_OPEN}{self.index.text(target)}{ANSWER_CLOSE}"
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokens.end_of_sequence]
+        return self.text_response(
+            f"{think}{THINK_CLOSE}{rewriting}{ANSWER_OPEN}{self.index.text(target)}{ANSWER_CLOSE}"
+        )

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from cluster.settings import Settings, load_settings
+from cluster.settings import Settings, TaskSettings, load_settings
+from curriculum.alignment import TASKS
 from item_index.input_error import InputError
 from learner.objective import ObjectiveSettings
 
@@ -36,6 +37,15 @@ def test_the_defaults_are_the_papers_and_the_objectives_own():
     assert (settings.train.steps, settings.train.prompts_per_step, settings.train.mini_batch_prompts) == (150, 256, 64)
     assert (settings.train.responses, settings.train.pass_k, settings.train.learning_rate) == (10, 4, 2e-6)
     assert settings.index.level_sizes == (256,) * 4
+
+
+def test_every_alignment_task_has_its_settings_and_takes_part_in_full_by_default():
+    alignment = load_settings(None).sft.alignment
+    tasks = {name: value for name, value in alignment if isinstance(value, TaskSettings)}
+    assert list(tasks) == [task.name for task in TASKS]
+    assert {(task.weight, task.cap) for task in tasks.values()} == {(1.0, None)}
+    changed = load_settings(None, ["sft.alignment.next_title={weight: 0.5, cap: 100}"]).sft.alignment
+    assert changed.next_title == TaskSettings(weight=0.5, cap=100)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
@@ -88,6 +98,7 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
         ("train.objective.clip=0.1", "train.objective.clip", "train.objective.clip_low"),
         ("index.level_size=[2]", "index.level_size", "index.level_sizes"),
         ("sead=1", "sead", "seed"),
+        ("sft.alignment.next_titel={cap: 1}", "sft.alignment.next_titel", "sft.alignment.next_title"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(tmp_path, override, wrong, nearest):
@@ -126,6 +137,10 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path, override, wrong, nearest
         ("data.minimum_interactions=2", "data.minimum_interactions"),
         ("corpus.rl_holdout=1", "corpus.rl_holdout"),
         ("cluster.dtype=float16", "cluster.dtype"),
+        ("sft.alignment.next_item.weight=-1", "sft.alignment.next_item.weight"),
+        ("sft.alignment.next_item.weight=.inf", "sft.alignment.next_item.weight"),
+        ("sft.alignment.next_item.cap=-1", "sft.alignment.next_item.cap"),
+        ("sft.alignment.maximum_text_tokens=0", "sft.alignment.maximum_text_tokens"),
         ("train.reasoning_budget=5", "train.reasoning_budget of 5 tokens"),
         ("train.mini_batch_prompts=300", "train.mini_batch_prompts"),
         ("seed=-1", "seed"),

@@ -4,12 +4,15 @@ import copy
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from curriculum.prompts import SYSTEM_PROMPTS, PromptBuilder
 from curriculum.reasoning import MetadataTeacher, ReasoningTrace
 from item_index.catalogue import Catalogue
 from item_index.input_error import InputError
 from item_index.ragged import RaggedArray
+from item_index.text import clean_text
 from item_index.tokens import THINK_OPEN
 from rewards.answer import parse_answer
 
@@ -69,6 +72,44 @@ def test_other_templates_and_tokenizers_without_one_are_used_as_they_are(tiny):
     plain = builder_with_template(tiny, None)
     text = f"{SYSTEM_PROMPTS['reasoning']}\n{tiny.index.text(1)}\n{THINK_OPEN}"
     assert plain.prompt([1], "reasoning") == tiny.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}", None]
+)
+def test_a_message_of_words_and_semantic_ids_is_rendered_in_the_chat_template(tiny, template):
+    builder = builder_with_template(tiny, template)
+    message = f"After {tiny.index.text(5)}{tiny.index.text(30)}, what is next?\nOne item."
+    prompt = builder.message_prompt("Be brief.", message)
+    expected = f"<system> Be brief.\n<user> {message}\n" if template else f"Be brief.\n{message}\n"
+    assert tiny.tokenizer.decode(prompt) == expected
+    spelled = [*builder.item_tokens[5], *builder.item_tokens[30]]
+    start = prompt.index(spelled[0])
+    assert prompt[start : start + len(spelled)] == spelled
+
+
+@pytest.mark.parametrize("mode", ["direct", "reasoning"])
+def test_a_history_as_message_is_the_prompt_of_its_mode(tiny, mode):
+    message = "".join(tiny.index.text(item) for item in [3, 5, 30])
+    prompt = tiny.builder.message_prompt(SYSTEM_PROMPTS[mode], message)
+    think = [tiny.constraint.tokens.think_open] if mode == "reasoning" else []
+    assert [*prompt, *think] == tiny.builder.prompt([3, 5, 30], mode)
+
+
+@given(text=st.text(alphabet="ab żć€😀.12", max_size=60).map(clean_text).filter(bool), maximum=st.integers(1, 12))
+def test_a_cut_text_is_the_beginning_in_whole_characters(tiny, text, maximum):
+    cut = tiny.builder.cut_text(text, maximum)
+    tokens = tiny.tokenizer(text)["input_ids"]
+    assert cut
+    assert text.startswith(cut)
+    if len(tokens) <= maximum:
+        assert cut == text
+    else:
+        kept = tiny.tokenizer(cut)["input_ids"]
+        assert len(kept) <= maximum or len(cut) == 1
+        # What the first tokens spell, less the bytes of an incomplete character and the space at the end.
+        spelled = tiny.tokenizer.decode(tokens[:maximum])
+        assert cut.startswith(spelled.removesuffix("\N{REPLACEMENT CHARACTER}").rstrip())
 
 
 @pytest.mark.parametrize("template", ["Hello", "{% for m in messages %}{{ m['content'] * 2 }}{% endfor %}"])
