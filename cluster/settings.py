@@ -237,6 +237,10 @@ class SupervisedSettings(Section):
             raise ValueError("sft.dtype bfloat16 needs sft.zero_stage 1, 2 or 3")
         if self.low_rank is not None and self.zero_stage == 3:
             raise ValueError("sft.low_rank works with sft.zero_stage 0, 1 and 2")
+        if self.supervision == "dense" and self.alignment.next_item != TaskSettings():
+            raise ValueError(
+                "with sft.supervision dense, windows stand in for sft.alignment.next_item: leave it as it is"
+            )
         if self.patience is not None and self.evaluation_rows == 0:
             raise ValueError("sft.patience needs sft.evaluation_rows above 0")
         return self

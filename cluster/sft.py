@@ -22,6 +22,7 @@ from cluster.placement import DeadlineExceeded, ray_session, require_resources
 from cluster.progress import Bar, console, progress_bar
 from cluster.settings import Settings
 from cluster.tracking import Tracker
+from curriculum.alignment import TASKS, AlignmentData
 from curriculum.corpus import Corpus
 from curriculum.row_files import RowFile, write_rows
 from curriculum.supervised_rows import evaluation_rows, rows_of_pass
@@ -56,18 +57,25 @@ def supervised_plan(settings: Settings, corpus: Corpus, folder: Path) -> Supervi
     """Write the initial checkpoint and the rows of all passes, and say what a rank has to do with them."""
     sft = settings.sft
     known_tokens = write_initial_checkpoint(settings, corpus, folder / "initial")
+    share = sft.alignment
+    data = AlignmentData(
+        corpus.catalogue, corpus.sequences, corpus.held_out, corpus.builder,
+        maximum_text_tokens=share.maximum_text_tokens, next_item_templates=share.next_item_templates,
+    )  # fmt: skip
+    tasks = {task.name: getattr(share, task.name) for task in TASKS}
     passes = []
     for number in range(sft.passes):
         passes.append((folder / "rows" / f"pass_{number}.parquet").resolve())
         rows = rows_of_pass(
-            corpus, number=number, passes=sft.passes, dense=sft.supervision == "dense", seed=settings.seed
-        )
+            data, corpus.reasoning, tasks, number=number, passes=sft.passes, dense=sft.supervision == "dense",
+            seed=settings.seed,
+        )  # fmt: skip
         write_rows(passes[-1], rows, rows_per_step=sft.batch_rows)
     evaluation = None
     if sft.evaluation_rows:
         evaluation = (folder / "rows" / "evaluation.parquet").resolve()
         write_rows(
-            evaluation, evaluation_rows(corpus, users=sft.evaluation_rows, seed=settings.seed),
+            evaluation, evaluation_rows(data, users=sft.evaluation_rows, seed=settings.seed),
             rows_per_step=sft.batch_rows,
         )  # fmt: skip
     total_steps = sum(len(RowFile(path)) for path in passes)

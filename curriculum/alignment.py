@@ -16,7 +16,7 @@ import numpy as np
 
 from curriculum.interactions import UserSequences
 from curriculum.prompts import SYSTEM_PROMPTS, PromptBuilder
-from curriculum.rows import Row, UserText, places_in_sequence, train_positions
+from curriculum.rows import Row, UserText, places_in_sequence, response_row, train_positions
 from curriculum.templates import ALIGNMENT_SYSTEM_PROMPT, TEMPLATES
 from item_index.catalogue import Catalogue
 from item_index.text import clean_text
@@ -142,10 +142,7 @@ class AlignmentTask:
         templates = self.templates(data, variant)
         message = templates[generator.integers(len(templates))].format_map(self.asked(data, place))
         prompt = data.builder.message_prompt(self.system_prompt, message)
-        response = self.response(data, place, variant)
-        learnt = np.zeros(len(prompt) + len(response), dtype=bool)
-        learnt[len(prompt) :] = True
-        return np.array([*prompt, *response], dtype=np.int32), learnt
+        return response_row(prompt, self.response(data, place, variant))
 
 
 class NextItem(AlignmentTask):
@@ -163,9 +160,11 @@ class NextItem(AlignmentTask):
     def response(self, data: AlignmentData, place: int, variant: str) -> list[int]:
         return data.builder.direct_response(int(data.sequences.items[place]))
 
-    def templates(self, data: AlignmentData, variant: str) -> tuple[str, ...]:
-        every = super().templates(data, variant)
-        return every if data.next_item_templates else every[:1]
+    def row(self, data: AlignmentData, place: int, generator: np.random.Generator) -> Row:
+        if data.next_item_templates:
+            return super().row(data, place, generator)
+        # The first template alone, which is the prompt of direct mode: put together from token ids, many times faster.
+        return response_row(data.builder.prompt(data.history(place), "direct"), self.response(data, place, "history"))
 
 
 class NextTitle(AlignmentTask):

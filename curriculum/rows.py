@@ -68,24 +68,8 @@ def direct_row(items: np.ndarray, skipped: np.ndarray, builder: PromptBuilder) -
     return row
 
 
-def next_item_rows(sequences: UserSequences, held_out: np.ndarray, builder: PromptBuilder) -> Iterator[Row]:
-    """A row for every train prefix: the next item as the direct mode's response, and nothing else learnt.
-
-    Held-out targets have no row of their own; they stay in the histories of later items.
-    """
-    for user in range(len(sequences)):
-        start, train = int(sequences.offsets_U1[user]), sequences.train(user)
-        for place in range(1, len(train)):
-            if not held_out[start + place]:
-                yield evaluation_row(train[: place + 1], builder)
-
-
-def evaluation_row(items: np.ndarray, builder: PromptBuilder) -> Row:
-    """The last item as response to those before it, which are not learnt."""
-    return _response_alone(builder.prompt(items[:-1], "direct"), builder.direct_response(int(items[-1])))
-
-
-def _response_alone(prompt: Sequence[int], response: Sequence[int]) -> Row:
+def response_row(prompt: Sequence[int], response: Sequence[int]) -> Row:
+    """A prompt with its response, which alone is learnt."""
     learnt = np.zeros(len(prompt) + len(response), dtype=bool)
     learnt[len(prompt) :] = True
     return np.array([*prompt, *response], dtype=np.int32), learnt
@@ -136,6 +120,6 @@ def reasoning_row(example: ReasoningExample, held_out: np.ndarray, builder: Prom
     response = builder.reasoning_response(example.think, example.rewriting, example.target)
     history = np.array(example.history)
     if not dense:
-        return _response_alone(builder.prompt(history, "reasoning"), response)
+        return response_row(builder.prompt(history, "reasoning"), response)
     skipped = held_out[example.position - len(example.history) : example.position]
     return _with_dense_history(history, skipped, "reasoning", response, builder)

@@ -2,44 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from curriculum.corpus import Corpus
-from curriculum.rows import Row, direct_windows, evaluation_row, next_item_rows, reasoning_row
+from curriculum.alignment import AlignmentData, TaskShare, alignment_rows, row_counts
+from curriculum.rows import ReasoningExample, Row, direct_windows, reasoning_row, response_row
 from curriculum.schedule import reasoning_positions
 
 REASONING, NEXT_ITEM = "reasoning", "next_item"
 
 
-def rows_of_pass(corpus: Corpus, *, number: int, passes: int, dense: bool, seed: int) -> Iterator[tuple[str, Row]]:
+def rows_of_pass(
+    data: AlignmentData,
+    reasoning: Sequence[ReasoningExample],
+    tasks: Mapping[str, TaskShare],
+    *,
+    number: int,
+    passes: int,
+    dense: bool,
+    seed: int,
+) -> Iterator[tuple[str, Row]]:
     """(task, row) pairs of pass `number`: reasoning rows grow denser over a pass, and are uniform in the last one.
 
-    The same arguments give the same rows. Section 2 of the paper, positions computed in advance.
+    Positions of the reasoning rows are computed in advance (section 2 of the paper); the alignment tasks lie between
+    them, shuffled together. The same arguments give the same rows.
+
+    Args:
+        tasks: share of every alignment task in a pass, see `alignment_rows`.
+        dense: windows whose history items are learnt as well stand in for the rows of `next_item`.
     """
     generator = np.random.default_rng([seed, 3, number])
+    windows: list[Row] = []
     if dense:
-        direct = list(direct_windows(corpus.sequences, corpus.held_out, corpus.builder, generator=generator))
-    else:
-        direct = list(next_item_rows(corpus.sequences, corpus.held_out, corpus.builder))
-    order = generator.permutation(len(direct))
-    shuffled = generator.permutation(len(corpus.reasoning))
-    rows = len(order) + len(shuffled)
-    places = set(reasoning_positions(rows, len(shuffled), uniform=number == passes - 1).tolist())
-    others, reasoning = iter(order), iter(shuffled)
-    for place in range(rows):
-        if place in places:
-            yield (
-                REASONING,
-                reasoning_row(corpus.reasoning[next(reasoning)], corpus.held_out, corpus.builder, dense=dense),
-            )
+        tasks = {name: share for name, share in tasks.items() if name != NEXT_ITEM}
+        windows = list(direct_windows(data.sequences, data.held_out, data.builder, generator=generator))
+    aligned = sum(row_counts(data, tasks).values())
+    is_window = generator.permutation(np.arange(len(windows) + aligned) < len(windows))
+    order = iter(generator.permutation(len(windows)))
+    aligning = alignment_rows(data, tasks, seed=seed, number=number)
+    shuffled = iter(generator.permutation(len(reasoning)))
+    rows = len(is_window) + len(reasoning)
+    places = np.zeros(rows, dtype=bool)
+    places[reasoning_positions(rows, len(reasoning), uniform=number == passes - 1)] = True
+    others = iter(is_window)
+    for is_reasoning in places:
+        if is_reasoning:
+            example = reasoning[next(shuffled)]
+            yield REASONING, reasoning_row(example, data.held_out, data.builder, dense=dense)
+        elif next(others):
+            yield NEXT_ITEM, windows[next(order)]
         else:
-            yield NEXT_ITEM, direct[next(others)]
+            yield next(aligning)
 
 
-def evaluation_rows(corpus: Corpus, *, users: int, seed: int) -> Iterator[tuple[str, Row]]:
+def evaluation_rows(data: AlignmentData, *, users: int, seed: int) -> Iterator[tuple[str, Row]]:
     """The validation item of some users, drawn by the seed, as the direct mode's response to the items before it."""
-    chosen = np.random.default_rng([seed, 8]).permutation(len(corpus.sequences))[:users]
+    chosen = np.random.default_rng([seed, 8]).permutation(len(data.sequences))[:users]
     for user in np.sort(chosen):
-        yield NEXT_ITEM, evaluation_row(corpus.sequences.sequence(int(user))[:-1], corpus.builder)
+        items = data.sequences.sequence(int(user))[:-1]
+        yield (
+            NEXT_ITEM,
+            response_row(data.builder.prompt(items[:-1], "direct"), data.builder.direct_response(int(items[-1]))),
+        )

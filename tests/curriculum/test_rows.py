@@ -10,7 +10,6 @@ from curriculum.rows import (
     direct_row,
     direct_windows,
     held_out_targets,
-    next_item_rows,
     places_in_sequence,
     reasoning_row,
     train_positions,
@@ -149,23 +148,6 @@ def test_a_reasoning_row_learns_its_response_and_the_history_that_is_not_held_ou
     same_tokens, response_alone = reasoning_row(example, held_out, builder, dense=False)
     assert same_tokens.tolist() == tokens.tolist()
     assert np.flatnonzero(response_alone).tolist() == list(range(len(prompt), len(tokens)))
-
-
-def test_every_train_prefix_has_a_row_of_its_own_unless_its_target_is_held_out(sequences, tiny, builder):
-    held_out = held_out_targets(sequences, share=0.3, minimum_history=4, seed=1)
-    expected = []
-    for user in range(len(sequences)):
-        train, start = sequences.train(user).tolist(), sequences.offsets_U1[user]
-        expected += [
-            [*((item, False) for item in train[max(0, place - HISTORY) : place]), (train[place], True)]
-            for place in range(1, len(train))
-            if not held_out[start + place]
-        ]
-    rows = list(next_item_rows(sequences, held_out, builder))
-    assert [items_in(row, tiny) for row in rows] == expected
-    for tokens, learnt in rows:
-        assert learnt[-1]
-        assert tokens[-1] == tiny.tokenizer.eos_token_id
 
 
 def test_held_out_targets_are_a_share_of_train_targets_with_enough_history(sequences):
