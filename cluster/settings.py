@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -31,37 +31,71 @@ class DataSettings(Section):
     )
 
 
-class FusionSettings(Section):
+class EndpointSettings(Section):
+    """An OpenAI-compatible endpoint; the section that uses it says what for."""
+
     url: str | None = Field(
-        None, description="Base URL of an OpenAI-compatible endpoint, such as http://host:8000/v1; null fuses nothing."
+        None, description="Base URL of an OpenAI-compatible endpoint, such as http://host:8000/v1; null asks none."
     )
     model: str | None = Field(None, description="Name of the model at the endpoint.")
     key_variable: str | None = Field(
         None, description="Environment variable that holds the endpoint's key; null where it wants none."
     )
     cache: str | None = Field(
-        None, description="Folder that keeps every answer; null is index/fusion in the run folder."
+        None, description="Folder that keeps every answer; null is one in the stage's folder: fusion or teacher."
     )
     concurrency: int = Field(16, ge=1, description="Requests that are under way at once.")
     attempt_seconds: float = Field(60, gt=0, description="Deadline of one attempt.")
-    deadline_seconds: float = Field(300, gt=0, description="Deadline of one item, all attempts and waits together.")
+    deadline_seconds: float = Field(300, gt=0, description="Deadline of one question, all attempts and waits together.")
     retries: int = Field(5, ge=0, description="Attempts after the first, for rate limits, server errors and timeouts.")
     maximum_tokens: int = Field(256, ge=1, description="Tokens of an answer at most.")
     temperature: float | None = Field(0.0, ge=0, description="Sampling temperature; null leaves it to the endpoint.")
     failures_in_a_row: int = Field(
-        100, ge=1, description="Items that may fail one after another before the stage ends."
+        100, ge=1, description="Questions that may fail one after another before the stage ends."
     )
 
     @model_validator(mode="after")
-    def _endpoint_is_whole(self) -> FusionSettings:
+    def _endpoint_is_whole(self) -> Self:
         if self.url is not None and not self.model:
-            raise ValueError("fusion.url names an endpoint, so fusion.model has to name its model")
+            raise ValueError("url names an endpoint, so model has to name its model")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError("fusion.url has to begin with http:// or https://")
+            raise ValueError("url has to begin with http:// or https://")
         if self.url is not None and "@" in self.url:
-            raise ValueError(
-                "fusion.url must hold no credentials; put the key into the variable that key_variable names"
-            )
+            raise ValueError("url must hold no credentials; put the key into the variable that key_variable names")
+        return self
+
+
+class TeacherSettings(EndpointSettings):
+    kind: Literal["metadata", "endpoint", "engine"] = Field(
+        "metadata", description="Who writes traces, preferences and queries: rules, an endpoint, or an engine here."
+    )
+    checkpoint: str | None = Field(
+        None, description="Local Hugging Face checkpoint with a chat template, for kind engine."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Data type of kind engine.")
+    context_tokens: int = Field(4096, ge=2, description="Tokens of prompt and answer together, for kind engine.")
+    maximum_tokens: int = Field(1024, ge=1, description="Tokens of an answer at most.")
+    distributed: bool = Field(False, description="Endpoint calls as a Ray Data job; the results are the same.")
+    fallback: Literal["none", "metadata"] = Field(
+        "none", description="What a target gets whose answer fails or is rejected: no row, or the rules' text."
+    )
+
+    @model_validator(mode="after")
+    def _fields_fit_the_kind(self) -> Self:
+        kind_of = {"url": "endpoint", "model": "endpoint", "key_variable": "endpoint", "checkpoint": "engine"}
+        for name, kind in kind_of.items():
+            if getattr(self, name) is not None and self.kind != kind:
+                raise ValueError(f"{name} is set, but kind {self.kind} does not use it")
+            if getattr(self, name) is None and self.kind == kind and name != "key_variable":
+                raise ValueError(f"kind {self.kind} needs {name}")
+        if self.distributed and self.kind != "endpoint":
+            raise ValueError(f"distributed is for endpoint calls; kind {self.kind} makes none")
+        if self.fallback == "metadata" and self.kind == "metadata":
+            raise ValueError("fallback metadata is for the kinds endpoint and engine; kind metadata calls no model")
+        if self.kind == "engine" and self.temperature is None:
+            raise ValueError("kind engine needs a temperature; 0 is greedy")
+        if self.kind == "engine" and self.maximum_tokens >= self.context_tokens:
+            raise ValueError("maximum_tokens leaves no room for a prompt in context_tokens")
         return self
 
 
@@ -69,8 +103,9 @@ class IndexSettings(Section):
     level_sizes: tuple[int, ...] = Field(
         (256, 256, 256, 256), min_length=1, description="Codes of each residual level."
     )
-    fusion: FusionSettings = Field(
-        default_factory=FusionSettings, description="Descriptions written by a language model out of text and reviews."
+    fusion: EndpointSettings = Field(
+        default_factory=EndpointSettings,
+        description="Descriptions written by a language model out of text and reviews.",
     )
     embedding: Literal["tf_idf", "sentence_transformer", "language_model"] = Field(
         "tf_idf", description="What turns item text into vectors."
@@ -121,6 +156,9 @@ class CorpusSettings(Section):
     rewritten_history_items: int = Field(6, ge=1, description="Items that a rewritten history keeps at most.")
     rl_holdout: float = Field(0.1, ge=0, lt=1, description="Share of train targets kept out of supervised rows for RL.")
     text_vocabulary: int = Field(600, ge=257, description="BPE tokens of a tokenizer that is trained from scratch.")
+    teacher: TeacherSettings = Field(
+        default_factory=TeacherSettings, description="Who writes reasoning traces, preferences and queries."
+    )
 
 
 class ModelSettings(Section):
@@ -253,7 +291,9 @@ class ClusterSettings(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the rollout engine.")
     kv_cache_mib: int = Field(256, ge=16, description="Key-value cache of the rollout engine, MiB.")
     rollout_sequences: int = Field(256, ge=1, description="Responses that the engine decodes at once.")
-    index_workers: int = Field(1, ge=1, description="Actors that embed or ask the endpoint when index.distributed.")
+    index_workers: int = Field(
+        1, ge=1, description="Actors of a Ray Data job (index.distributed, corpus.teacher.distributed)."
+    )
     index_worker_cpus: float = Field(1, gt=0, description="CPUs of each of them.")
     index_worker_gpus: float = Field(0, ge=0, description="GPUs of each actor that embeds.")
     start_seconds: float = Field(300, gt=0, description="Deadline for an actor to start.")

@@ -119,7 +119,7 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path, override, wrong, nearest
         ("index.embedding=language_model", "index: .*embedding language_model needs encoder_path"),
         ("index.encoder_path=models/x", "index: .*encoder_path is set, but embedding tf_idf reads no model"),
         ("index.collaborative_weight=-1", "index.collaborative_weight"),
-        ("index.fusion.url=http://host/v1", "index.fusion: .*fusion.model has to name its model"),
+        ("index.fusion.url=http://host/v1", "index.fusion: .*model has to name its model"),
         ("index.fusion={url: 'host:80', model: m}", "index.fusion: .*has to begin with http"),
         ("index.fusion={url: 'https://me:secret@host/v1', model: m}", "index.fusion: .*must hold no credentials"),
         ("index.fusion.key=abc", "no key 'index.fusion.key'; the nearest one is 'index.fusion.key_variable'"),
