@@ -35,13 +35,15 @@ def endpoint_of(settings: EndpointSettings, *, section: str, instruction: str) -
 
 
 def asker_of(endpoint: Endpoint, name: str, cluster: ClusterSettings, *, distributed: bool) -> Asker:
-    """Asks the endpoint under a progress bar of that name; Ray has to be running where it is `distributed`."""
+    """Asks the endpoint under a progress bar of that name; where it is `distributed`, by workers on Ray."""
 
     def ask(questions: Iterable[tuple[str, str]], count: int, cache: Path) -> AskingReport:
         if distributed:
             from cluster.index_jobs import ask_by_workers
+            from cluster.placement import ray_session  # Ray is imported where it is used
 
-            return ask_by_workers(endpoint, questions, cache, cluster, name=name)
+            with ray_session(cluster):
+                return ask_by_workers(endpoint, questions, cache, cluster, name=name)
         from item_index.chat_endpoint import ask_endpoint
 
         with progress_bar(name, count) as bar:

@@ -292,7 +292,7 @@ class ClusterSettings(Section):
     kv_cache_mib: int = Field(256, ge=16, description="Key-value cache of the rollout engine, MiB.")
     rollout_sequences: int = Field(256, ge=1, description="Responses that the engine decodes at once.")
     index_workers: int = Field(
-        1, ge=1, description="Actors of a Ray Data job (index.distributed, corpus.teacher.distributed)."
+        1, ge=1, description="Actors of the Ray Data jobs that index and corpus.teacher ask for."
     )
     index_worker_cpus: float = Field(1, gt=0, description="CPUs of each of them.")
     index_worker_gpus: float = Field(0, ge=0, description="GPUs of each actor that embeds.")

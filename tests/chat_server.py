@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 
 from aiohttp import web
 
-# What the n-th request about a subject gets: an answer, a response of its own making, or seconds to wait before one.
+# What the n-th request about a subject gets: an answer, a response of its own making, something to await that gives
+# either, or seconds to wait before a description.
 Behaviour = Callable[[str, int], Any]
 
 
@@ -92,6 +94,8 @@ class ChatServer:
         try:
             await asyncio.sleep(0.005)  # so that requests that may overlap do
             answer = self.behaviour(subject, self.asked[subject])
+            if inspect.isawaitable(answer):
+                answer = await answer
             if isinstance(answer, float):
                 await asyncio.sleep(answer)
                 answer = describe(subject, 1)
