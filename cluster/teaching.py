@@ -54,7 +54,7 @@ def language_model_teacher(settings: Settings, folder: Path) -> LanguageModelTea
         key_of = endpoint.cache_key
         ask = asker_of(endpoint, "teacher", settings.cluster, distributed=wanted.distributed)
     else:
-        key_of = _engine_cache_key(wanted, settings.seed)
+        key_of = engine_cache_key(wanted, settings.seed)
         ask = _engine_asker(wanted, settings.cluster)
 
     def answer(prompts: Sequence[str]) -> CollectedAnswers:
@@ -64,7 +64,7 @@ def language_model_teacher(settings: Settings, folder: Path) -> LanguageModelTea
     return LanguageModelTeacher(wanted.kind, answer, fallback=wanted.fallback == "metadata")
 
 
-def _engine_cache_key(wanted: TeacherSettings, seed: int) -> Callable[[str], str]:
+def engine_cache_key(wanted: TeacherSettings, seed: int) -> Callable[[str], str]:
     """Key of a prompt: SHA-256 (hex) of all that shapes the answer, the content of the checkpoint included."""
     folder = Path(wanted.checkpoint or "")
     if not (folder / "config.json").is_file():
@@ -177,7 +177,7 @@ def show_teacher(counts: dict[str, Any], folder: Path, tracker: Tracker) -> None
             f"teacher: to ask once more for the targets whose call failed, remove {folder / 'stage.json'} and give the "
             "same command again"
         )
-    flat = {f"teacher/{name}": value for name, value in counts.items() if isinstance(value, int)}
+    flat: dict[str, float] = {f"teacher/{name}": value for name, value in counts.items() if isinstance(value, int)}
     for name, by_reason in reasons.items():
         flat[f"teacher/{name}"] = sum(by_reason.values())
     tracker.metrics(flat)

@@ -21,7 +21,7 @@ from small_tables import write_tables
 from cluster.index import index_stage
 from cluster.pipeline import corpus_stage, fingerprint
 from cluster.settings import load_settings
-from cluster.teaching import language_model_teacher
+from cluster.teaching import engine_cache_key, language_model_teacher
 from curriculum.corpus import load_corpus
 from curriculum.teachers import PARTS
 from item_index.answer_cache import Answer, AnswerWriter, read_answers
@@ -255,9 +255,7 @@ def test_what_an_engine_writes_that_is_no_lesson_is_counted_and_falls_back(tmp_p
     assert persisted == sum(counts["unusable"].values())
     collected = model.answer(["History:\n1. Rain\nNext item: Sun"])
     assert collected.cost["calls"] == 1
-    from cluster.teaching import _engine_cache_key
-
-    key = _engine_cache_key(settings.corpus.teacher, settings.seed)("What next?")
+    key = engine_cache_key(settings.corpus.teacher, settings.seed)("What next?")
     with AnswerWriter(tmp_path / "corpus" / "teacher") as writer:
         writer.write(key, Answer(GOOD, 5, 6))
     again = model.answer(["What next?"])
