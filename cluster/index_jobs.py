@@ -166,9 +166,7 @@ class _AskingWorker(_BlockWorker):
         self._cache = Path(cache)
 
     def work(self, block: pa.Table) -> pa.Table:
-        from item_index.chat_endpoint import (
-            ask_endpoint,
-        )  # imported where it asks: it takes seconds
+        from item_index.chat_endpoint import ask_endpoint  # takes seconds, and only this worker asks
 
         questions = zip(block["key"].to_pylist(), block["prompt"].to_pylist(), strict=True)
         report = ask_endpoint(self._endpoint, questions, self._cache, lambda: None)
