@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,8 +15,9 @@ import pyarrow.parquet as pq
 import yaml
 from rich.table import Table
 
-from cluster.progress import console, progress_bar
-from cluster.settings import FusionSettings, Settings
+from cluster.asking import asker_of, endpoint_of
+from cluster.progress import console
+from cluster.settings import Settings
 from cluster.tracking import Tracker
 from curriculum.interactions import UserSequences, build_sequences, load_interactions
 from item_index.catalogue import Catalogue
@@ -29,6 +29,7 @@ from item_index.embedding import (
     TfIdfEncoder,
     encoded_blocks,
 )
+from item_index.fusion import INSTRUCTION, fuse_descriptions
 from item_index.input_error import InputError
 from item_index.semantic_ids import SemanticIdIndex, assign_semantic_ids
 from item_index.vectors import read_vectors, vector_blocks, write_vectors
@@ -107,7 +108,7 @@ def index_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
     console.print(_table_of_text_and_vectors(summary, settings))
     console.print(_table_of_clusters(quantizer.summaries))
     tracker.metrics(
-        {f"index/{name.replace(' ', '_')}": count for name, count in summary.get("text", {}).items()}
+        {f"index/{name.replace(',', '').replace(' ', '_')}": count for name, count in summary.get("text", {}).items()}
         | {"index/colliding": colliding, "index/dimensions": vectors.shape[1]}
     )
     return summary
@@ -128,22 +129,16 @@ def _trained_encoder(settings: Settings) -> Encoder | None:
 def fused_catalogue(
     settings: Settings, catalogue: Catalogue, sequences: UserSequences, folder: Path
 ) -> tuple[Catalogue, dict[str, int]]:
-    """The catalogue with fused descriptions, and the counts; `descriptions.parquet` says which item has which."""
-    from item_index.fusion import ask_endpoint, fuse_descriptions  # the client takes seconds to import
-
-    cache = Path(settings.index.fusion.cache or folder / FUSION_CACHE)
+    """The catalogue with fused descriptions, and the counts with failures by reason and cost; `descriptions.parquet`
+    says which item has which."""
+    wanted = settings.index.fusion
     _check_reviewers(settings, catalogue, sequences)
-    endpoint = endpoint_of(settings.index.fusion)
-
-    def ask(questions: Any, count: int, cache: Path) -> dict[str, str]:
-        if settings.index.distributed:
-            from cluster.index_jobs import ask_by_workers
-
-            return ask_by_workers(endpoint, questions, cache, settings.cluster)
-        with progress_bar("fusion", count) as bar:
-            return ask_endpoint(endpoint, questions, cache, bar.advance)
-
-    fused = fuse_descriptions(catalogue, endpoint, trains_on=sequences.trains_on, cache=cache, ask=ask)
+    endpoint = endpoint_of(wanted, section="index.fusion", instruction=INSTRUCTION)
+    fused = fuse_descriptions(
+        catalogue, trains_on=sequences.trains_on, key_of=endpoint.cache_key,
+        cache=Path(wanted.cache or folder / FUSION_CACHE),
+        ask=asker_of(endpoint, "fusion", settings.cluster, distributed=settings.index.distributed),
+    )  # fmt: skip
     columns = {"item_id": catalogue.item_ids, "description": fused.descriptions, "source": fused.sources}
     pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), folder / DESCRIPTIONS_FILE)
     for failure in fused.failures:
@@ -153,23 +148,8 @@ def fused_catalogue(
             f"fusion: {fused.counts['failed']} items keep their raw description; to ask for them again, remove "
             f"{folder / STAGE_FILE} and give the same command once more"
         )
-    return replace(catalogue, descriptions=fused.descriptions), fused.counts
-
-
-def endpoint_of(fusion: FusionSettings) -> Any:
-    """The `Endpoint` of the settings with its key from the environment; InputError where the variable is not set."""
-    from item_index.fusion import Endpoint
-
-    key = "none"  # the client wants one; an endpoint without keys does not look at it
-    if fusion.key_variable is not None:
-        key = os.environ.get(fusion.key_variable, "")
-        if not key:
-            raise InputError(
-                f"the environment variable {fusion.key_variable} is not set", field="index.fusion.key_variable",
-                remedy="Put the endpoint's key into it.",
-            )  # fmt: skip
-    limits = fusion.model_dump(exclude={"url", "model", "key_variable", "cache"})
-    return Endpoint(url=fusion.url or "", model=fusion.model or "", key=key, **limits)
+    failed = {f"failed, {reason}": count for reason, count in fused.failures_by_reason.items()}
+    return replace(catalogue, descriptions=fused.descriptions), fused.counts | failed | fused.cost
 
 
 def _check_reviewers(settings: Settings, catalogue: Catalogue, sequences: UserSequences) -> None:

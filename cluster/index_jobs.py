@@ -1,4 +1,4 @@
-"""The index stage's work on a cluster, as Ray Data jobs: embedding, endpoint calls, codes of new items.
+"""Work on a cluster as Ray Data jobs: embedding, endpoint calls, codes of new items.
 
 Each job gives what the same work in one process gives, in the same order. The driver cuts the work into numbered block
 files; the dataset holds their paths, and an actor of the pool reads one block and writes the file of the same number.
@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ import ray.data
 from cluster.placement import DeadlineExceeded
 from cluster.progress import progress_bar
 from cluster.settings import ClusterSettings
+from item_index.answer_cache import AskingReport, Failure
 from item_index.catalogue import Catalogue
 from item_index.embedding import BLOCK_ITEMS, load_encoder
 from item_index.input_error import InputError
@@ -38,7 +39,7 @@ from item_index.quantizer import ResidualKMeans
 from item_index.vectors import ID_FIELD, VECTOR_FIELD, iterate_vectors, write_vectors
 
 if TYPE_CHECKING:
-    from item_index.fusion import Endpoint
+    from item_index.chat_endpoint import Endpoint
 
 # Questions of one block; the last requests of a block leave some of the concurrency idle.
 QUESTIONS = 512
@@ -75,8 +76,8 @@ def embed(items: Catalogue, encoder_folder: Path, vectors_file: Path, cluster: C
 
 
 def ask_by_workers(
-    endpoint: Endpoint, questions: Iterable[tuple[str, str]], cache: Path, cluster: ClusterSettings
-) -> dict[str, str]:
+    endpoint: Endpoint, questions: Iterable[tuple[str, str]], cache: Path, cluster: ClusterSettings, *, name: str
+) -> AskingReport:
     """Ask all (key, prompt) pairs by workers that share out `endpoint.concurrency`; see `ask_endpoint`.
 
     The answers are in the cache folder as they come, so a job that is killed loses only requests under way. Raises
@@ -93,15 +94,12 @@ def ask_by_workers(
     )
     with tempfile.TemporaryDirectory(dir=cache, prefix="questions-", ignore_cleanup_errors=True) as work:
         parts = _run(
-            "fusion", blocks, Path(work), _AskingWorker, ([shared], str(cache.resolve()), cluster.start_seconds),
+            name, blocks, Path(work), _AskingWorker, ([shared], str(cache.resolve()), cluster.start_seconds),
             cluster, workers=workers, watched=cache,
         )  # fmt: skip
-        tables = [pq.read_table(part) for part in parts]
-    return {
-        key: problem
-        for table in tables
-        for key, problem in zip(table["key"].to_pylist(), table["problem"].to_pylist(), strict=True)
-    }
+        reports = [json.loads(pq.read_table(part)["report"][0].as_py()) for part in parts]
+    failures = [{key: Failure(**failure) for key, failure in report.pop("failures").items()} for report in reports]
+    return sum((AskingReport(failed, **rest) for failed, rest in zip(failures, reports, strict=True)), AskingReport())
 
 
 def encode_newcomers(
@@ -168,13 +166,11 @@ class _AskingWorker(_BlockWorker):
         self._cache = Path(cache)
 
     def work(self, block: pa.Table) -> pa.Table:
-        from item_index.fusion import ask_endpoint  # its client takes seconds to import, and only this worker asks
+        from item_index.chat_endpoint import ask_endpoint  # takes seconds, and only this worker asks
 
         questions = zip(block["key"].to_pylist(), block["prompt"].to_pylist(), strict=True)
-        problems = ask_endpoint(self._endpoint, questions, self._cache, lambda: None)
-        return pa.table(
-            {"key": pa.array(list(problems), pa.string()), "problem": pa.array(list(problems.values()), pa.string())}
-        )
+        report = ask_endpoint(self._endpoint, questions, self._cache, lambda: None)
+        return pa.table({"report": [json.dumps(asdict(report))]})
 
 
 class _QuantizerWorker(_BlockWorker):

@@ -18,6 +18,7 @@ from cluster.index import STAGE_FILE, VECTORS_FILE, index_stage, read_data
 from cluster.index_growth import update_index_stage
 from cluster.progress import console
 from cluster.settings import Settings
+from cluster.teaching import language_model_teacher, show_teacher
 from cluster.tracking import Tracker, tracked
 from curriculum.corpus import build_corpus, load_corpus
 from item_index.input_error import InputError
@@ -30,6 +31,7 @@ def corpus_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str
     """Split, rows, tokenizer."""
     catalogue, sequences = read_data(settings)
     corpus = settings.corpus
+    teacher = language_model_teacher(settings, folder)
     summary = build_corpus(
         folder, catalogue=catalogue, sequences=sequences, index=SemanticIdIndex.load(settings.folder / "index"),
         item_vectors_ID=vectors_of(settings.folder / "index" / VECTORS_FILE, catalogue.item_ids),
@@ -39,8 +41,10 @@ def corpus_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str
         maximum_think_characters=corpus.maximum_think_characters,
         minimum_think_tokens=settings.train.minimum_think_tokens,
         reasoning_rows=corpus.reasoning_rows, rl_holdout=corpus.rl_holdout, text_vocabulary=corpus.text_vocabulary,
-        seed=settings.seed,
+        seed=settings.seed, teacher=teacher,
     )  # fmt: skip
+    if teacher is not None:
+        show_teacher(summary["teacher"], folder, tracker)
     console.print(
         f"corpus: {summary['users']} users, {summary['items']} items, {summary['interactions']} interactions; "
         f"{summary['reasoning_rows']} reasoning rows (rejected: {sum(summary['rejected_traces'].values())}, "

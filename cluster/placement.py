@@ -50,13 +50,15 @@ def require_resources(bundles: Sequence[dict[str, float]]) -> None:
 
 
 @contextmanager
-def engines_placed(settings: ClusterSettings) -> Iterator[PlacementGroup]:
-    """A placement group with bundle 0 for the learner and bundle 1 for the rollout engine.
+def engines_placed(settings: ClusterSettings, *, learner: bool = True) -> Iterator[PlacementGroup]:
+    """A placement group with bundle 0 for the learner and bundle 1 for the rollout engine; without learner, its only
+    bundle is for an engine.
 
     Raises RuntimeError that says what was asked and what the cluster has when it is not ready by the deadline.
     """
     gpu = {"GPU": settings.gpus_per_engine} if settings.gpus_per_engine else {}
-    bundles = [{"CPU": settings.learner_cpus, **gpu}, {"CPU": settings.rollout_cpus, **gpu}]
+    cpus = (settings.learner_cpus, settings.rollout_cpus) if learner else (settings.rollout_cpus,)
+    bundles = [{"CPU": count, **gpu} for count in cpus]
     require_resources(bundles)
     group = placement_group(bundles, strategy="PACK")
     try:
@@ -72,9 +74,8 @@ def engines_placed(settings: ClusterSettings) -> Iterator[PlacementGroup]:
 
 def in_bundle(group: PlacementGroup, bundle: int, settings: ClusterSettings, environment: dict[str, str]) -> dict:
     """Options of an actor that lives in a bundle of the group."""
-    cpus = settings.learner_cpus if bundle == 0 else settings.rollout_cpus
     return {
-        "num_cpus": cpus,
+        "num_cpus": group.bundle_specs[bundle]["CPU"],
         "num_gpus": settings.gpus_per_engine,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         "runtime_env": {"env_vars": {**environment, "OMP_NUM_THREADS": str(settings.threads)}},

@@ -59,7 +59,7 @@ def supervised_plan(settings: Settings, corpus: Corpus, folder: Path) -> Supervi
     known_tokens = write_initial_checkpoint(settings, corpus, folder / "initial")
     share = sft.alignment
     data = AlignmentData(
-        corpus.catalogue, corpus.sequences, corpus.held_out, corpus.builder,
+        corpus.catalogue, corpus.sequences, corpus.held_out, corpus.builder, corpus.user_texts,
         maximum_text_tokens=share.maximum_text_tokens, next_item_templates=share.next_item_templates,
     )  # fmt: skip
     tasks = {task.name: getattr(share, task.name) for task in TASKS}

@@ -1,9 +1,8 @@
-"""The corpus of a run as one folder: catalogue, sequences, reasoning examples, tokenizer."""
+"""The corpus of a run as one folder: catalogue, sequences, reasoning examples, user texts, tokenizer."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,16 +17,14 @@ from curriculum.alignment import alignment_texts
 from curriculum.denoising import Denoiser
 from curriculum.interactions import UserSequences
 from curriculum.prompts import PromptBuilder
-from curriculum.reasoning import MetadataTeacher, ReasoningTrace, quality_problem
-from curriculum.rows import ReasoningExample, held_out_targets, places_in_sequence, train_positions
+from curriculum.reasoning_examples import corpus_chains, write_reasoning_examples
+from curriculum.rows import ReasoningExample, UserText, held_out_targets
+from curriculum.teachers import LanguageModelTeacher
 from curriculum.tokenizer import load_tokenizer, train_tokenizer
 from item_index.catalogue import Catalogue
-from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from item_index.tokens import SemanticIdTokens
-from rewards.chains import CHAIN, chain_figures, chain_metrics
-
-REJECTED_EXAMPLES = 3  # of each reason that are written down
+from rewards.chains import chain_metrics
 
 
 @dataclass(frozen=True)
@@ -39,92 +36,10 @@ class Corpus:
     sequences: UserSequences
     held_out: np.ndarray
     reasoning: list[ReasoningExample]
+    user_texts: list[UserText]
     tokenizer: Any
     builder: PromptBuilder
     summary: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RejectedTrace:
-    """An example of what the quality gate turned away; `position` is the target's place in the flat items."""
-
-    reason: str
-    position: int
-    title: str
-    trace: str
-
-
-def write_reasoning_examples(
-    catalogue: Catalogue,
-    sequences: UserSequences,
-    held_out: np.ndarray,
-    index: SemanticIdIndex,
-    denoiser: Denoiser,
-    *,
-    history_items: int,
-    minimum_history: int,
-    maximum_think_characters: int,
-    rows: int | None,
-    seed: int,
-) -> tuple[list[ReasoningExample], list[RejectedTrace], dict[str, Any]]:
-    """Traces of the embedded teacher for train targets that are not held out, and what the quality gate said.
-
-    At most `rows` targets, drawn by the seed. Rejected traces are counted by reason, and the first three of each reason
-    come back with the target's title.
-    """
-    teacher = MetadataTeacher(catalogue)
-    places = places_in_sequence(sequences)
-    eligible = np.nonzero(train_positions(sequences) & (places >= minimum_history) & ~held_out)[0]
-    chosen = np.random.default_rng([seed, 2]).permutation(eligible)[:rows]
-    histories = [sequences.items[max(at - places[at], at - history_items) : at] for at in chosen]
-    users = np.searchsorted(sequences.offsets_U1, chosen, side="right") - 1
-    rewritings = denoiser.keep_many(RaggedArray.of(histories, np.int64), sequences.items[chosen], users)
-    examples: list[ReasoningExample] = []
-    rejected: list[RejectedTrace] = []
-    reasons = Counter[str]()
-    lengths: list[int] = []
-    removed = 0
-    for at, items, rewritten in zip(chosen, histories, rewritings, strict=True):
-        history, target = tuple(items.tolist()), int(sequences.items[at])
-        trace = ReasoningTrace(
-            teacher.steps(history, target), tuple(rewritten.tolist()), removed=len(history) - len(rewritten)
-        )
-        problem = quality_problem(
-            trace, catalogue, target, history=history, target_text=index.text(target),
-            maximum_characters=maximum_think_characters,
-        )  # fmt: skip
-        think, rewriting = trace.render(index.text)
-        if problem is not None:
-            reasons[problem] += 1
-            if reasons[problem] <= REJECTED_EXAMPLES:
-                rejected.append(RejectedTrace(problem, int(at), catalogue.titles[target], f"{think}\n{rewriting}"))
-            continue
-        examples.append(ReasoningExample(int(at), history, target, think, rewriting))
-        lengths.append(len(history))
-        removed += trace.removed
-    _, by_bound_E = denoiser.removals(np.array(lengths, dtype=np.int64))
-    counts = {
-        "reasoning_rows": len(examples),
-        "rejected_traces": dict(reasons),
-        "removed_items": removed,
-        "removed_share": removed / max(sum(lengths), 1),
-        "removed_by_bound": int(by_bound_E.sum()),
-    }
-    return examples, rejected, counts
-
-
-def corpus_chains(examples: list[ReasoningExample], builder: PromptBuilder) -> np.ndarray:
-    """Figures of the examples' own chains, dtype `rewards.chains.CHAIN` [examples], to hold a policy against."""
-    index = builder.index
-    codes = [tuple(row[:length]) for row, length in zip(index.codes_IL.tolist(), index.lengths_I, strict=True)]
-    chains = np.zeros(len(examples), CHAIN)
-    for number, example in enumerate(examples):
-        chains[number] = chain_figures(
-            builder.reasoning_response(example.think, example.rewriting, example.target),
-            history={codes[item] for item in example.history}, special=builder.tokens,
-            decode=builder.tokenizer.decode,
-        )  # fmt: skip
-    return chains
 
 
 def build_corpus(
@@ -145,24 +60,28 @@ def build_corpus(
     rl_holdout: float,
     text_vocabulary: int,
     seed: int,
+    teacher: LanguageModelTeacher | None = None,
 ) -> dict[str, Any]:
-    """Write the corpus folder; returns its summary. `item_vectors_ID` are the vectors of the catalogue's items."""
+    """Write the corpus folder; returns its summary.
+
+    `item_vectors_ID` are the vectors of the catalogue's items; for `teacher` see `write_reasoning_examples`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     held_out = held_out_targets(sequences, share=rl_holdout, minimum_history=minimum_history, seed=seed)
     denoiser = Denoiser(
         item_vectors_ID, sequences.train_matrix(len(catalogue)), removed_share=removed_share,
         maximum_items=rewritten_history_items,
     )  # fmt: skip
-    examples, rejected, counts = write_reasoning_examples(
+    examples, user_texts, rejected, counts = write_reasoning_examples(
         catalogue, sequences, held_out, index, denoiser, history_items=history_items, minimum_history=minimum_history,
-        maximum_think_characters=maximum_think_characters, rows=reasoning_rows, seed=seed,
+        maximum_think_characters=maximum_think_characters, rows=reasoning_rows, seed=seed, teacher=teacher,
     )  # fmt: skip
     tokenizer = (
         load_tokenizer(checkpoint, index)
         if checkpoint
         else train_tokenizer(
             chain(
-                alignment_texts(catalogue, ()),
+                alignment_texts(catalogue, user_texts),
                 (f"{example.think} {example.rewriting.split('<|')[0]}" for example in examples),
             ),
             index,
@@ -204,6 +123,7 @@ def build_corpus(
                 "target": [example.target for example in examples],
                 "think": [example.think for example in examples],
                 "rewriting": [example.rewriting for example in examples],
+                "source": [example.source for example in examples],
             },
             schema=pa.schema(
                 {
@@ -212,6 +132,7 @@ def build_corpus(
                     "target": pa.int64(),
                     "think": pa.string(),
                     "rewriting": pa.string(),
+                    "source": pa.string(),
                 }
             ),
         ),
@@ -230,6 +151,17 @@ def build_corpus(
             ),
         ),
         folder / "rejected.parquet",
+    )
+    pq.write_table(
+        pa.table(
+            {
+                "position": pa.array([text.position for text in user_texts], pa.int64()),
+                "preference": pa.array([text.preference for text in user_texts], pa.string()),
+                "query": pa.array([text.query for text in user_texts], pa.string()),
+                "source": pa.array([example.source for example in examples], pa.string()),
+            }
+        ),
+        folder / "user_texts.parquet",
     )
     summary = {
         "index_version": index.version,
@@ -267,8 +199,14 @@ def load_corpus(folder: Path, index_folder: Path) -> Corpus:
         sequences=sequences,
         held_out=table["held_out"].combine_chunks().values.to_numpy(zero_copy_only=False),
         reasoning=[
-            ReasoningExample(row["position"], tuple(row["history"]), row["target"], row["think"], row["rewriting"])
+            ReasoningExample(**row | {"history": tuple(row["history"])})
             for row in pq.read_table(folder / "reasoning.parquet").to_pylist()
+        ],
+        user_texts=[
+            UserText(**row)
+            for row in pq.read_table(
+                folder / "user_texts.parquet", columns=["position", "preference", "query"]
+            ).to_pylist()
         ],
         tokenizer=tokenizer,
         builder=PromptBuilder(tokenizer, index, tokens, history_items=summary["history_items"]),

@@ -34,7 +34,7 @@ _TRAILING_YEAR = re.compile(r"\s*\(\d{4}\)\s*$")
 # Words of the teacher's sentences: an item that is called "Taste" is not named by a trace that speaks of taste.
 _SENTENCE_WORDS = (
     "an and by clear evidence fading for history in intent interest item items kind lately likely mostly next no"
-    " of often or preference recommendation rewritten rising shifting stated steady taste the"
+    " of often or preference recommendation rewritten rising shifting stated steady taste the want"
 )
 
 
@@ -89,6 +89,16 @@ class MetadataTeacher:
                 raise ValueError(f"item {item} is not a row of the {len(self._categories)} items")
         described = self._description(target)
         return (*self._steps_from_history(items), self._recommendation(described, self._brands[target]))
+
+    def preference(self, history: Sequence[int]) -> str:
+        """Step 2 as a sentence of its own: a function of the history, as `trace` takes it."""
+        said = self._steps_from_history([int(item) for item in history])[1].removeprefix(STEP_MARKERS[1]).strip()
+        return said[0].upper() + said[1:]
+
+    def query(self, target: int) -> str:
+        """Step 4 in the user's voice: the target's kind and brand, never its title."""
+        said = self._recommendation(self._description(target), self._brands[target])
+        return f"I want {said.removeprefix(STEP_MARKERS[3]).strip()}"
 
     def _steps_from_history(self, items: list[int]) -> tuple[str, str, str]:
         """Behavioural evidence, latent preference and intent."""

@@ -106,13 +106,17 @@ class UserText:
 
 @dataclass(frozen=True)
 class ReasoningExample:
-    """A train target with its trace as text; `position` is the target's place in the sequences' flat items."""
+    """A train target with its trace as text; `position` is the target's place in the sequences' flat items.
+
+    `source` says who wrote the think block: "metadata", "endpoint" or "engine".
+    """
 
     position: int
     history: tuple[int, ...]
     target: int
     think: str
     rewriting: str
+    source: str = "metadata"
 
 
 def reasoning_row(example: ReasoningExample, held_out: np.ndarray, builder: PromptBuilder, *, dense: bool) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -10,16 +11,17 @@ from typing import Any
 
 from aiohttp import web
 
-# What an item's n-th request gets: a description, a response of its own making, or seconds to wait before one.
+# What the n-th request about a subject gets: an answer, a response of its own making, something to await that gives
+# either, or seconds to wait before a description.
 Behaviour = Callable[[str, int], Any]
 
 
-def completion(text: Any, finish_reason: str = "stop") -> dict[str, Any]:
-    """The body of a chat completion."""
+def completion(text: Any, finish_reason: str = "stop", usage: Any = None) -> dict[str, Any]:
+    """The body of a chat completion; it reports usage where that is given."""
     message = {"role": "assistant", "content": text}
     return {
         "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "scribe",
-        "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+        "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}], "usage": usage,
     }  # fmt: skip
 
 
@@ -38,14 +40,15 @@ class ChatServer:
 
     Attributes:
         url: base URL for a client.
-        behaviour: (title, number of the item's request) -> str for an answer, or an aiohttp response, or a float for
+        behaviour: (subject, number of its request) -> str for an answer, or an aiohttp response, or a float for
             seconds of silence before an answer.
         bodies, headers: of all requests, in the order of their arrival.
         most_at_once: the largest number of requests that were under way together.
     """
 
-    def __init__(self, behaviour: Behaviour = describe) -> None:
+    def __init__(self, behaviour: Behaviour = describe, subject_of: Callable[[str], str] = title_of) -> None:
         self.behaviour = behaviour
+        self._subject_of = subject_of
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.most_at_once = 0
@@ -54,8 +57,8 @@ class ChatServer:
 
     @property
     def asked(self) -> Counter[str]:
-        """Requests of each title."""
-        return Counter(title_of(body["messages"][-1]["content"]) for body in self.bodies)
+        """Requests about each subject."""
+        return Counter(self._subject_of(body["messages"][-1]["content"]) for body in self.bodies)
 
     def __enter__(self) -> ChatServer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
@@ -85,15 +88,17 @@ class ChatServer:
         body = await request.json()
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
-        title = title_of(body["messages"][-1]["content"])
+        subject = self._subject_of(body["messages"][-1]["content"])
         self._under_way += 1
         self.most_at_once = max(self.most_at_once, self._under_way)
         try:
             await asyncio.sleep(0.005)  # so that requests that may overlap do
-            answer = self.behaviour(title, self.asked[title])
+            answer = self.behaviour(subject, self.asked[subject])
+            if inspect.isawaitable(answer):
+                answer = await answer
             if isinstance(answer, float):
                 await asyncio.sleep(answer)
-                answer = describe(title, 1)
+                answer = describe(subject, 1)
             return answer if isinstance(answer, web.StreamResponse) else web.json_response(completion(answer))
         finally:
             self._under_way -= 1

@@ -113,7 +113,9 @@ def test_fused_descriptions_are_embedded_and_reviews_of_targets_are_not_read(
     assert table["description"][TARGET_ROW] == ""
     assert [table["description"][row] for row in others] == [describe(f"Tale number {row}", 1) for row in others]
     assert summary["text"] == {
-        "fused": ITEMS - 1, "cached": 0, "no usable review": 1, "failed": 0, "torn_lines": 0,
+        "fused": ITEMS - 1, "cached": 0, "no usable review": 1, "failed": 0, "torn_lines": 0, "calls": ITEMS - 1,
+        "retries": 0, "prompt_tokens": 0, "completion_tokens": 0, "cached_prompt_tokens": 0,
+        "cached_completion_tokens": 0,
     }  # fmt: skip
     assert again["text"]["cached"] == ITEMS - 1
     assert again["version"] == summary["version"]
@@ -131,7 +133,7 @@ def test_fused_descriptions_are_embedded_and_reviews_of_targets_are_not_read(
 def test_failures_are_shown_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = "http://127.0.0.1:9/v1"
     summary, _, _ = run_index(tmp_path, f"index.fusion={{url: '{url}', model: scribe, retries: 0}}", **with_reviews())
-    assert summary["text"]["failed"] == ITEMS - 1
+    assert summary["text"]["failed"] == summary["text"]["failed, no connection"] == ITEMS - 1
     printed = " ".join(capsys.readouterr().out.split())
     assert f"fusion: warning: item 'item-{1 if TARGET_ROW == 0 else 0}': APIConnectionError" in printed
     assert f"{ITEMS - 1} items keep their raw description" in printed

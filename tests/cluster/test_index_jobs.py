@@ -13,8 +13,9 @@ from cluster import index_jobs
 from cluster.placement import DeadlineExceeded
 from cluster.settings import ClusterSettings
 from item_index.catalogue import Catalogue, Review
+from item_index.chat_endpoint import Endpoint, ask_endpoint
 from item_index.embedding import Encoder, LanguageModelEncoder, TfIdfEncoder, encoded_blocks
-from item_index.fusion import FAILED, FUSED, Endpoint, FusedText, ask_endpoint, fuse_descriptions
+from item_index.fusion import FAILED, FUSED, INSTRUCTION, FusedText, fuse_descriptions
 from item_index.input_error import InputError
 from item_index.quantizer import ResidualKMeans
 from item_index.vectors import read_vectors, write_vectors
@@ -82,15 +83,21 @@ def test_new_items_get_the_codes_that_one_process_gives(small_blocks, tmp_path: 
 def fused(endpoint: Endpoint, cache: Path, *, by_workers: bool, cluster: ClusterSettings = CLUSTER) -> FusedText:
     def ask(questions, _, folder):
         if by_workers:
-            return index_jobs.ask_by_workers(endpoint, questions, folder, cluster)
+            return index_jobs.ask_by_workers(endpoint, questions, folder, cluster, name="fusion")
         return ask_endpoint(endpoint, questions, folder, lambda: None)
 
-    return fuse_descriptions(items_of(11), endpoint, trains_on=lambda user, row: row != 4, cache=cache, ask=ask)
+    return fuse_descriptions(
+        items_of(11), trains_on=lambda user, row: row != 4, key_of=endpoint.cache_key, cache=cache, ask=ask
+    )
+
+
+def endpoint_of(server: ChatServer, **limits) -> Endpoint:
+    return Endpoint(server.url, "scribe", "s3cret", INSTRUCTION, "index.fusion", **{"retries": 0, **limits})
 
 
 def test_a_job_that_stands_still_ends_at_its_deadline(small_blocks, tmp_path: Path) -> None:
     with ChatServer(lambda *_: 600.0) as server:
-        endpoint = Endpoint(server.url, "scribe", "s3cret", retries=0, deadline_seconds=5.0)
+        endpoint = endpoint_of(server, deadline_seconds=5.0)
         short = CLUSTER.model_copy(update={"call_seconds": 1.0})
         with pytest.raises(DeadlineExceeded, match="the fusion job has made no progress for 1 s"):
             fused(endpoint, tmp_path, by_workers=True, cluster=short)
@@ -101,7 +108,7 @@ def test_asking_by_workers_is_asking_in_one_process(small_blocks, tmp_path: Path
         return web.Response(status=400, text="no") if title == "Tale 7" else describe(title, number)
 
     with ChatServer(behaviour) as server:
-        endpoint = Endpoint(server.url, "scribe", "s3cret", concurrency=2, retries=0)
+        endpoint = endpoint_of(server, concurrency=2)
         alone = fused(endpoint, tmp_path / "alone", by_workers=False)
         server.bodies.clear()
         jobs = fused(endpoint, tmp_path / "jobs", by_workers=True)
@@ -116,7 +123,7 @@ def test_asking_by_workers_is_asking_in_one_process(small_blocks, tmp_path: Path
 
 def test_what_a_worker_says_of_bad_input_reads_as_it_would_in_one_process(small_blocks, tmp_path: Path) -> None:
     with ChatServer(lambda *_: web.Response(status=401, text="who are you")) as server:
-        endpoint = Endpoint(server.url, "scribe", "s3cret", concurrency=2, retries=0)
+        endpoint = endpoint_of(server, concurrency=2)
         messages = []
         for by_workers in (False, True):
             with pytest.raises(InputError, match="refuses every request") as caught:

@@ -130,10 +130,22 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path, override, wrong, nearest
         ("index.embedding=language_model", "index: .*embedding language_model needs encoder_path"),
         ("index.encoder_path=models/x", "index: .*encoder_path is set, but embedding tf_idf reads no model"),
         ("index.collaborative_weight=-1", "index.collaborative_weight"),
-        ("index.fusion.url=http://host/v1", "index.fusion: .*fusion.model has to name its model"),
+        ("index.fusion.url=http://host/v1", "index.fusion: .*model has to name its model"),
         ("index.fusion={url: 'host:80', model: m}", "index.fusion: .*has to begin with http"),
         ("index.fusion={url: 'https://me:secret@host/v1', model: m}", "index.fusion: .*must hold no credentials"),
         ("index.fusion.key=abc", "no key 'index.fusion.key'; the nearest one is 'index.fusion.key_variable'"),
+        ("corpus.teacher.kind=oracle", "corpus.teacher.kind"),
+        ("corpus.teacher.kind=endpoint", "corpus.teacher: .*kind endpoint needs url"),
+        ("corpus.teacher={kind: endpoint, url: 'http://h/v1'}", "corpus.teacher: .*model has to name its model"),
+        ("corpus.teacher={url: 'http://h/v1', model: m}", "url is set, but kind metadata does not use it"),
+        ("corpus.teacher.key_variable=KEY", "key_variable is set, but kind metadata does not use it"),
+        ("corpus.teacher.kind=engine", "kind engine needs checkpoint"),
+        ("corpus.teacher={kind: engine, checkpoint: c, model: m}", "model is set, but kind engine does not use it"),
+        ("corpus.teacher={kind: engine, checkpoint: c, distributed: true}", "kind engine makes none"),
+        ("corpus.teacher={kind: engine, checkpoint: c, temperature: null}", "kind engine needs a temperature"),
+        ("corpus.teacher={kind: engine, checkpoint: c, context_tokens: 1024}", "leaves no room for a prompt"),
+        ("corpus.teacher.fallback=metadata", "kind metadata calls no model"),
+        ("corpus.teacher.distributed=true", "kind metadata makes none"),
         ("data.minimum_interactions=2", "data.minimum_interactions"),
         ("corpus.rl_holdout=1", "corpus.rl_holdout"),
         ("cluster.dtype=float16", "cluster.dtype"),
@@ -151,6 +163,16 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path, override, wrong, nearest
 def test_a_value_out_of_range_is_named(override, named):
     with pytest.raises(InputError, match=named):
         load_settings(None, [override])
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    ["{kind: metadata}", "{kind: endpoint, url: 'http://h/v1', model: m, key_variable: K, distributed: true}",
+     "{kind: endpoint, url: 'http://h/v1', model: m, temperature: null, fallback: metadata}",
+     "{kind: engine, checkpoint: c, fallback: metadata, temperature: 0.7}"],
+)  # fmt: skip
+def test_every_kind_of_teacher_can_be_set(teacher):
+    assert load_settings(None, [f"corpus.teacher={teacher}"]).corpus.teacher.kind in teacher
 
 
 def test_several_problems_are_told_at_once():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -15,19 +14,18 @@ import pytest
 from aiohttp import web
 from chat_server import ChatServer, completion, describe
 
+from item_index.answer_cache import read_answers
 from item_index.catalogue import Catalogue, Review
+from item_index.chat_endpoint import Endpoint, ask_endpoint
 from item_index.fusion import (
     CACHED,
     FAILED,
     FUSED,
+    INSTRUCTION,
     NO_REVIEW,
-    AnswerWriter,
-    Endpoint,
     FusedText,
-    ask_endpoint,
     fuse_descriptions,
     item_prompt,
-    read_answers,
 )
 from item_index.input_error import InputError
 
@@ -44,7 +42,8 @@ def items_of(count: int) -> Catalogue:
 
 def endpoint_of(server: ChatServer | str, **limits) -> Endpoint:
     url = server if isinstance(server, str) else server.url
-    return Endpoint(url=url, model="scribe", key="s3cret", **{"concurrency": 4, "retries": 2, **limits})
+    limits = {"model": "scribe", "concurrency": 4, "retries": 2, **limits}
+    return Endpoint(url=url, key="s3cret", instruction=INSTRUCTION, section="index.fusion", **limits)
 
 
 def everyone(_user: str | int, _row: int) -> bool:
@@ -57,7 +56,7 @@ def fuse(catalogue: Catalogue, endpoint: Endpoint, cache: Path, trains_on=everyo
         assert len(taken) == count > 0
         return ask_endpoint(endpoint, taken, folder, lambda: None)
 
-    return fuse_descriptions(catalogue, endpoint, trains_on=trains_on, cache=cache, ask=ask)
+    return fuse_descriptions(catalogue, trains_on=trains_on, key_of=endpoint.cache_key, cache=cache, ask=ask)
 
 
 def test_the_prompt_of_a_tiny_item() -> None:
@@ -128,7 +127,7 @@ def test_a_second_run_asks_nothing_and_items_with_the_same_text_are_asked_once(t
         assert second.descriptions == first.descriptions
         assert second.counts[CACHED] == 5
         # Another model, or another prompt, is another question.
-        fuse(items, Endpoint(server.url, "other", "s3cret"), tmp_path)
+        fuse(items, endpoint_of(server, model="other"), tmp_path)
         assert len(server.bodies) == 8
         fuse(items_of(5), endpoint_of(server), tmp_path)
         assert server.asked["Tale 4"] == 1
@@ -302,19 +301,3 @@ def test_a_last_line_that_was_cut_short_is_counted_and_asked_again(tmp_path: Pat
         assert server.asked == {"Tale 2": 1}
         # The torn line stays where it is and spoils nothing.
         assert fuse(items_of(3), endpoint_of(server), tmp_path).counts[CACHED] == 3
-
-
-@pytest.mark.parametrize("line", ["{", "[]", '{"key": "a"}', "7"])
-def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
-    (tmp_path / "a.jsonl").write_text(f"{json.dumps({'key': 'k', 'text': 't'})}\n{line}\n")
-    with pytest.raises(InputError, match="not an answer") as caught:
-        read_answers(tmp_path)
-    assert (caught.value.file, caught.value.row) == (str(tmp_path / "a.jsonl"), 1)
-
-
-def test_two_writers_do_not_meet(tmp_path: Path) -> None:
-    with AnswerWriter(tmp_path) as first, AnswerWriter(tmp_path) as second:
-        first.write("a", "line\nbreak")
-        second.write("b", "ü")
-        first.write("c", "")
-    assert read_answers(tmp_path) == ({"a": "line\nbreak", "b": "ü", "c": ""}, 0)

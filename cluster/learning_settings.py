@@ -1,0 +1,164 @@
+"""Settings of the model, of supervised training and of SRPO."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cluster.section import Section
+
+
+class ModelSettings(Section):
+    checkpoint: str | None = Field(
+        None, description="Local Hugging Face checkpoint to start from; null builds a Llama."
+    )
+    hidden_size: int = Field(128, ge=32, description="Width of the Llama that is built from scratch, a multiple of 32.")
+    intermediate_size: int = Field(256, ge=1, description="Width of its feed-forward blocks.")
+    layers: int = Field(2, ge=1, description="Number of its layers.")
+
+
+class LowRankSection(Section):
+    rank: int = Field(16, ge=1, description="Rank of the added weights.")
+    alpha: int = Field(32, ge=1, description="Their scale is alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the added weights.")
+    modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1, description="Names of the modules that get them.",
+    )  # fmt: skip
+
+
+class TaskSettings(Section):
+    weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False,
+        description="Rows of a pass per example; 0 leaves the task out, below 1 draws a sample, above 1 repeats.",
+    )  # fmt: skip
+    cap: int | None = Field(None, ge=0, description="Rows of a pass at most; null is no limit.")
+
+
+class AlignmentSettings(Section):
+    next_item: TaskSettings = Field(
+        default_factory=TaskSettings, description="History to next item, every train target."
+    )
+    next_title: TaskSettings = Field(default_factory=TaskSettings, description="History to the next item's title.")
+    next_description: TaskSettings = Field(
+        default_factory=TaskSettings, description="History to the next item's description."
+    )
+    titles_to_item: TaskSettings = Field(
+        default_factory=TaskSettings, description="Titles of the history to the next item."
+    )
+    item_to_index: TaskSettings = Field(
+        default_factory=TaskSettings, description="Title, description or both to their semantic ID."
+    )
+    index_to_item: TaskSettings = Field(
+        default_factory=TaskSettings, description="Semantic ID to its title, description or both."
+    )
+    item_search: TaskSettings = Field(
+        default_factory=TaskSettings, description="Preference, query or both, with or without history, to the item."
+    )
+    preference_obtain: TaskSettings = Field(
+        default_factory=TaskSettings, description="History to the user's preference in words."
+    )
+    maximum_text_tokens: int = Field(
+        512, ge=16, description="Tokens of one title, description, preference or query; the rest is cut."
+    )
+    next_item_templates: bool = Field(
+        False, description="Word next_item in several ways instead of the prompt of direct mode alone."
+    )
+
+
+class SupervisedSettings(Section):
+    passes: int = Field(3, ge=1, description="Passes over the rows; windows and templates are drawn anew for each.")
+    supervision: Literal["every_prefix", "dense"] = Field(
+        "every_prefix", description="A row for every train prefix, or windows whose history items are learnt as well."
+    )
+    batch_rows: int = Field(64, ge=1, description="Rows of one optimizer step, of all ranks together.")
+    micro_batch_tokens: int = Field(8192, ge=1, description="Packed tokens of one forward pass of a rank at most.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
+    warm_up: float = Field(
+        0.1, ge=0, lt=1, description="Share of the steps with a growing learning rate; cosine after."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    gradient_clip: float = Field(1.0, gt=0, description="Clip of the global gradient norm.")
+    ranks: int = Field(1, ge=1, description="DeepSpeed ranks, each with cluster.learner_cpus and gpus_per_engine.")
+    zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed's ZeRO stage.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of weights and activations; with bfloat16 the optimizer keeps float32 masters."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass instead of keeping them."
+    )
+    low_rank: LowRankSection | None = Field(
+        None, description="Train low-rank weights (LoRA) and the new tokens' rows; null trains all weights."
+    )
+    evaluation_rows: int = Field(
+        512, ge=0, description="Validation users whose next item's loss is measured, drawn by the seed; 0 is none."
+    )
+    evaluation_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between two measurements; null is the end of each pass."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Measurements without a better loss that end the stage, with the best weights."
+    )
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between two resumable states; null is the end of each pass."
+    )
+    kept_states: int = Field(2, ge=1, description="Resumable states that are kept.")
+    maximum_failures: int = Field(3, ge=0, description="Restarts of the ranks from the latest state before giving up.")
+    alignment: AlignmentSettings = Field(
+        default_factory=AlignmentSettings, description="The alignment tasks, how many rows each has, and their texts."
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> SupervisedSettings:
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError("sft.dtype bfloat16 needs sft.zero_stage 1, 2 or 3")
+        if self.low_rank is not None and self.zero_stage == 3:
+            raise ValueError("sft.low_rank works with sft.zero_stage 0, 1 and 2")
+        if self.supervision == "dense" and self.alignment.next_item != TaskSettings():
+            raise ValueError(
+                "with sft.supervision dense, windows stand in for sft.alignment.next_item: leave it as it is"
+            )
+        if self.patience is not None and self.evaluation_rows == 0:
+            raise ValueError("sft.patience needs sft.evaluation_rows above 0")
+        return self
+
+
+class ObjectiveSection(Section):
+    clip_low: float = Field(0.2, ge=0, lt=1, description="PPO clip below 1.")
+    clip_high: float = Field(0.2, ge=0, description="PPO clip above 1.")
+    dual_clip: float = Field(10.0, gt=1, description="Bound of the ratio's effect for negative advantages.")
+    kl_coefficient: float = Field(0.001, ge=0, description="Weight of the k3 divergence from the frozen reference.")
+    importance_cap: float = Field(2.0, gt=0, description="Truncation of the learner's over the sampler's probability.")
+    token_mean: Literal["per_mode", "global"] = Field(
+        "per_mode", description="Token mean inside each mode, weighted by prompts, or over all tokens alike."
+    )
+
+    @model_validator(mode="after")
+    def _clips_fit(self) -> ObjectiveSection:
+        if self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(f"dual_clip must be above 1 + clip_high = {1 + self.clip_high}")
+        return self
+
+
+class TrainSettings(Section):
+    steps: int = Field(150, ge=0, description="Optimizer phases: rollouts, update, weight transfer.")
+    prompts_per_step: int = Field(256, ge=1, description="Groups that one step trains on.")
+    mini_batch_prompts: int = Field(64, ge=1, description="Groups of one optimizer step.")
+    responses: int = Field(10, ge=2, description="Responses of a group (n).")
+    pass_k: int = Field(4, ge=1, description="K of the Pass@K bonus.")
+    reasoning_share: float = Field(0.5, ge=0, le=1, description="Share of the prompts in reasoning mode.")
+    exclude_seen: bool = Field(True, description="Answers may not be items of the user's own earlier history.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; no top-p, no top-k.")
+    reasoning_budget: int = Field(1560, ge=1, description="Tokens of a reasoning response at most.")
+    minimum_think_tokens: int = Field(8, ge=0, description="A shorter think block earns no format credit.")
+    learning_rate: float = Field(2e-6, ge=0, description="Learning rate after the warm-up.")
+    warm_up_steps: int = Field(10, ge=0, description="Optimizer steps with a growing learning rate.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
+    gradient_clip: float = Field(1.0, gt=0, description="Clip of the global gradient norm.")
+    micro_batch_tokens: int = Field(8192, ge=1, description="Packed tokens of one forward pass at most.")
+    zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed's ZeRO stage.")
+    generation_rounds: int = Field(4, ge=1, description="Rounds of generation that may fill one step's batch.")
+    maximum_staleness: int = Field(1, ge=0, description="Steps for which surplus groups may be kept.")
+    probe_prompts: int = Field(256, ge=0, description="Fixed validation prompts scored before and after training.")
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="The token-level objective.")
