@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from cluster.settings import Settings, TaskSettings, load_settings
+from cluster.learning_settings import TaskSettings
+from cluster.settings import Settings, load_settings
 from curriculum.alignment import TASKS
 from item_index.input_error import InputError
 from learner.objective import ObjectiveSettings
