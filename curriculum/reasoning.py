@@ -91,7 +91,7 @@ class MetadataTeacher:
         return (*self._steps_from_history(items), self._recommendation(described, self._brands[target]))
 
     def preference(self, history: Sequence[int]) -> str:
-        """Step 2 as a sentence of its own: a function of the history, as `trace` takes it."""
+        """Step 2 as a sentence of its own: a function of the history, as `steps` takes it."""
         said = self._steps_from_history([int(item) for item in history])[1].removeprefix(STEP_MARKERS[1]).strip()
         return said[0].upper() + said[1:]
 
@@ -192,6 +192,17 @@ def quality_problem(
     if _names_title(text, catalogue, target):
         return "the target's title is named"
     return _rewriting_problem(trace.rewritten, history)
+
+
+def user_text_problem(text: str, catalogue: Catalogue, target: int) -> str | None:
+    """Why a preference or query, by whatever teacher, is to be rejected; None where it is not.
+
+    "a user text holds a special token", which semantic IDs are made of, or "a user text names the target's title", as
+    `quality_problem` looks for it in the steps.
+    """
+    if _SPECIAL_TOKEN.search(text):
+        return "a user text holds a special token"
+    return "a user text names the target's title" if _names_title(text, catalogue, target) else None
 
 
 def _marker_problem(steps: Steps) -> str | None:

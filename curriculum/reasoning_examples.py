@@ -11,9 +11,9 @@ import numpy as np
 from curriculum.denoising import Denoiser
 from curriculum.interactions import UserSequences
 from curriculum.prompts import PromptBuilder
-from curriculum.reasoning import MetadataTeacher, ReasoningTrace
+from curriculum.reasoning import MetadataTeacher, ReasoningTrace, quality_problem, user_text_problem
 from curriculum.rows import ReasoningExample, UserText, places_in_sequence, train_positions
-from curriculum.teachers import METADATA, LanguageModelTeacher, Lesson, lesson_problem, metadata_lesson, read_lessons
+from curriculum.teachers import METADATA, LanguageModelTeacher, Lesson, metadata_lesson, read_lessons
 from item_index.catalogue import Catalogue
 from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
@@ -84,16 +84,18 @@ def write_reasoning_examples(
             if lesson is None:
                 continue
             trace = ReasoningTrace(lesson.steps, tuple(rewritten.tolist()), removed=len(history) - len(rewritten))
-            problem = lesson_problem(
-                lesson, trace, catalogue, target, history=history, target_text=index.text(target),
+            texts = f"{lesson.preference}\n{lesson.query}"
+            problem = quality_problem(
+                trace, catalogue, target, history=history, target_text=index.text(target),
                 maximum_characters=maximum_think_characters,
-            )  # fmt: skip
+            ) or user_text_problem(texts, catalogue, target)  # fmt: skip
             think, rewriting = trace.render(index.text)
             if problem is not None:
                 rejected_from[source] += 1
                 reasons[problem] += 1
                 if reasons[problem] <= REJECTED_EXAMPLES:
-                    rejected.append(RejectedTrace(problem, int(at), catalogue.titles[target], f"{think}\n{rewriting}"))
+                    written = f"{think}\n{rewriting}\n{texts}"
+                    rejected.append(RejectedTrace(problem, int(at), catalogue.titles[target], written))
                 continue
             examples.append(ReasoningExample(int(at), history, target, think, rewriting, source))
             user_texts.append(UserText(int(at), lesson.preference, lesson.query))

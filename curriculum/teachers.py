@@ -11,10 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from curriculum.reasoning import MetadataTeacher, ReasoningTrace, quality_problem
+from curriculum.reasoning import MetadataTeacher, Steps
 from item_index.answer_cache import Answer, CollectedAnswers, Failure
 from item_index.catalogue import Catalogue
 from item_index.text import clean_text, cut_words
@@ -46,12 +45,12 @@ class Lesson:
     """What a teacher writes for one train target.
 
     Attributes:
-        steps: steps 1 to 4, each beginning with its marker of `rewards.answer.STEP_MARKERS`.
+        steps: steps 1 to 4.
         preference: the user's taste, from the history.
         query: what kind of item is sought, in the user's voice.
     """
 
-    steps: tuple[str, str, str, str]
+    steps: Steps
     preference: str
     query: str
 
@@ -127,32 +126,6 @@ def read_lesson(answer: str) -> Lesson:
 def metadata_lesson(teacher: MetadataTeacher, history: Sequence[int], target: int) -> Lesson:
     """The lesson of the embedded teacher; the same history and target always give the same one."""
     return Lesson(teacher.steps(history, target), teacher.preference(history), teacher.query(target))
-
-
-def lesson_problem(
-    lesson: Lesson,
-    trace: ReasoningTrace,
-    catalogue: Catalogue,
-    target: int,
-    *,
-    history: Sequence[int],
-    target_text: str,
-    maximum_characters: int,
-) -> str | None:
-    """Why a lesson is to be rejected, None where it is not: `quality_problem` of its trace, and of preference and query
-    as well, which the gate reads as if they ended the last step: they may not name the target's title either."""
-    gate = partial(
-        quality_problem, catalogue=catalogue, target=target, history=history, target_text=target_text,
-        maximum_characters=maximum_characters,
-    )  # fmt: skip
-    problem = gate(trace)
-    if problem is not None:
-        return problem
-    *first, last = lesson.steps
-    spoken = ReasoningTrace(
-        (first[0], first[1], first[2], f"{last} {lesson.preference} {lesson.query}"), trace.rewritten, trace.removed
-    )
-    return gate(spoken)
 
 
 def read_lessons(

@@ -17,14 +17,13 @@ from tiny import make_index
 
 from curriculum.corpus import build_corpus, load_corpus
 from curriculum.interactions import UserSequences
-from curriculum.reasoning import MetadataTeacher, ReasoningTrace, quality_problem
+from curriculum.reasoning import MetadataTeacher, user_text_problem
 from curriculum.rows import UserText
 from curriculum.teachers import (
     PARTS,
     LanguageModelTeacher,
     Lesson,
     UnusableAnswer,
-    lesson_problem,
     lesson_prompt,
     metadata_lesson,
     read_lesson,
@@ -145,16 +144,25 @@ def test_disturbed_answers_are_either_a_whole_lesson_or_unusable(
     assert not whole or any("<" in text for _, text in junk)
 
 
-def test_preference_and_query_may_not_name_the_title_either() -> None:
-    lesson = metadata_lesson(MetadataTeacher(CATALOGUE), [1, 2], 7)
-    trace = ReasoningTrace(lesson.steps, (1, 2), removed=0)
-    gate = {"history": [1, 2], "target_text": "<|a_1|>", "maximum_characters": 4000}
-    assert lesson_problem(lesson, trace, CATALOGUE, 7, **gate) is None
-    for change in ({"query": "the tale number 7"}, {"preference": "Adores Tale  Number 7."}):
-        told = Lesson(**{**vars(lesson), **change})
-        assert quality_problem(trace, CATALOGUE, 7, **gate) is None
-        assert lesson_problem(told, trace, CATALOGUE, 7, **gate) == "the target's title is named"
-        assert lesson_problem(told, trace, CATALOGUE, 8, **gate) is None
+def test_user_texts_may_not_name_the_title_nor_hold_special_tokens() -> None:
+    for text, problem in {
+        "Likes number 7 and tales.": None,
+        "the tale number 7": "a user text names the target's title",
+        "Adores Tale  Number 7.": "a user text names the target's title",
+        "one like <|a_1|>": "a user text holds a special token",
+        "[INST] buy": "a user text holds a special token",
+    }.items():
+        assert user_text_problem(text, CATALOGUE, 7) == problem
+    assert user_text_problem("the tale number 7", CATALOGUE, 8) is None
+
+
+@pytest.mark.parametrize("part", ["drama fan", "good drama"])
+def test_a_lesson_whose_preference_or_query_names_the_title_is_rejected(tmp_path: Path, part: str) -> None:
+    naming = Answer(GOOD.replace(part, ", ".join(CATALOGUE.titles)))
+    corpus, summary = build(tmp_path, answering([naming, *[Answer(GOOD)] * (TRAIN_TARGETS - 1)], fallback=False))
+    assert summary["rejected_traces"] == {"a user text names the target's title": 1}
+    assert (summary["teacher"]["rejected"], summary["teacher"]["left_out"]) == (1, 1)
+    assert len(corpus.reasoning) == len(corpus.user_texts) == TRAIN_TARGETS - 1
 
 
 def test_the_metadata_lesson() -> None:
@@ -171,10 +179,8 @@ def test_the_metadata_lesson() -> None:
 @pytest.mark.parametrize("title", ["Want", "I", "Taste", "Item"])
 def test_the_metadata_lesson_names_no_title_by_its_own_words(title: str) -> None:
     items = Catalogue(("a", "b"), (title, "Other"), ("", ""), (("drama",), ("war",)), ("", ""))
-    teacher = MetadataTeacher(items)
-    lesson = metadata_lesson(teacher, [1], 0)
-    trace = ReasoningTrace(lesson.steps, (1,), removed=0)
-    assert lesson_problem(lesson, trace, items, 0, history=[1], target_text="<|a_1|>", maximum_characters=4000) is None
+    lesson = metadata_lesson(MetadataTeacher(items), [1], 0)
+    assert user_text_problem(f"{lesson.preference} {lesson.query}", items, 0) is None
 
 
 USERS, LENGTH = 4, 8
