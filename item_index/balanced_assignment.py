@@ -37,8 +37,6 @@ HESSIAN_ROWS_PER_CODE = 16
 # Added to the Hessian's diagonal, as a share of the even size: for clusters that no row wants, and for a common shift
 # of all prices, which changes nothing.
 RIDGE_SHARE = 0.03
-# Shares below exp(-30) are nothing, and exponentials that underflow are slow.
-LEAST_EXPONENT = -30.0
 # Clusters that the repair looks at for each row, by distance plus price, before it looks at all of them.
 CANDIDATES = 16
 # Looks for rows that two clusters would better exchange, at most; most are found by the first.
@@ -54,17 +52,19 @@ class PricedSizes:
         temperature: of the shares.
         sizes_K: float64, rows of each cluster, rows being shared out.
         overlap_KK: float64, sum over rows of the products of their shares; the Hessian is made of it.
-        codes_N: int64, the cheapest cluster of each row, by distance plus price.
+        codes_N: int64, the cheapest cluster of each row, by distance plus price; None where it was not asked for.
     """
 
     prices_K: torch.Tensor
     temperature: float
     sizes_K: torch.Tensor
     overlap_KK: torch.Tensor
-    codes_N: torch.Tensor
+    codes_N: torch.Tensor | None
 
     @classmethod
-    def at(cls, prices_K: torch.Tensor, temperature: float, blocks: Iterable[torch.Tensor], items: int) -> PricedSizes:
+    def at(
+        cls, prices_K: torch.Tensor, temperature: float, blocks: Iterable[torch.Tensor], items: int, *, assign: bool
+    ) -> PricedSizes:
         """Blocks are the rows' squared distances to all clusters, float32 [rows of a block, K]."""
         codes = len(prices_K)
         stride = max(1, items // (HESSIAN_ROWS_PER_CODE * codes))
@@ -73,15 +73,15 @@ class PricedSizes:
         best, overlap_rows = [], 0
         for distances_BK in blocks:
             scaled_BK = torch.add(prices_K.float() / -temperature, distances_BK, alpha=-1.0 / temperature)
-            top_B, best_B = scaled_BK.max(dim=1)
-            shares_BK = scaled_BK.sub_(top_B[:, None]).clamp_(min=LEAST_EXPONENT).exp_()
-            weight_B = 1.0 / shares_BK.sum(dim=1)
-            sizes_K += weight_B @ shares_BK
-            part_BK = shares_BK[::stride] * weight_B[::stride, None]
+            if assign:
+                best.append(scaled_BK.argmax(dim=1))
+            shares_BK = scaled_BK.softmax(dim=1)
+            sizes_K += shares_BK.sum(dim=0)
+            part_BK = shares_BK[::stride]
             overlap_KK += part_BK.T @ part_BK
             overlap_rows += len(part_BK)
-            best.append(best_B)
-        return cls(prices_K, temperature, sizes_K, overlap_KK * (items / overlap_rows), torch.cat(best))
+        codes_N = torch.cat(best) if assign else None
+        return cls(prices_K, temperature, sizes_K, overlap_KK * (items / overlap_rows), codes_N)
 
     def next_prices(self) -> torch.Tensor:
         """float64 [K]: one of Newton's steps on, with a mean of zero."""
@@ -100,9 +100,9 @@ def cooling_path(blocks: Iterable[torch.Tensor], items: int) -> list[float]:
     """Falling temperatures for rows with these distances, the last one the final one, all positive."""
     nearest, spread = 0.0, 0.0
     for distances_BK in blocks:
-        nearest_B = distances_BK.min(dim=1).values
+        nearest_B, farthest_B = torch.aminmax(distances_BK, dim=1)
         nearest += float(nearest_B.sum(dtype=torch.float64))
-        spread += float((distances_BK.max(dim=1).values - nearest_B).sum(dtype=torch.float64))
+        spread += float((farthest_B - nearest_B).sum(dtype=torch.float64))
     # Rows that all sit on a centroid have no distance to measure by; where nothing differs at all, anything will do.
     final = max(TEMPERATURE_SHARE * nearest / items, 1e-4 * spread / items, 1e-30)
     halvings = max(0, math.ceil(math.log2(max(FIRST_TEMPERATURE_SHARE * spread / items, final) / final)))
@@ -117,18 +117,20 @@ def even_prices(
     Args:
         prices_K: float64, prices of nearly the same distances to start from; None to find them from nothing.
         blocks: gives the distances to all clusters, float32 [rows of a block, codes], block by block.
+
+    What comes back has the rows' codes.
     """
     path = cooling_path(blocks(), items)
     if prices_K is not None:
         for multiple in ROUND_COOLING:
-            reached = PricedSizes.at(prices_K, multiple * path[-1], blocks(), items)
+            reached = PricedSizes.at(prices_K, multiple * path[-1], blocks(), items, assign=multiple == 1.0)
             prices_K = reached.next_prices()
         if float((reached.sizes_K - items / codes).abs().sum()) / (2 * items) <= LOST_IMBALANCE:
             return reached
     else:
         prices_K = torch.zeros(codes, dtype=torch.float64, device=next(iter(blocks())).device)
-    for temperature in path:
-        reached = PricedSizes.at(prices_K, temperature, blocks(), items)
+    for step, temperature in enumerate(path, start=1):
+        reached = PricedSizes.at(prices_K, temperature, blocks(), items, assign=step == len(path))
         prices_K = reached.next_prices()
     return reached
 
@@ -147,6 +149,7 @@ def fit_balanced(rows_ND: torch.Tensor, start_KD: torch.Tensor, rounds: int) -> 
         held = [centroids.squared_distances(block) for block in rows_ND.split(BLOCK_ROWS)]
         reached = even_prices(prices_K, partial(iter, held), len(rows_ND), len(start_KD))
         prices_K = reached.next_prices()
+        assert reached.codes_N is not None
         values_KD = cluster_means(rows_ND, reached.codes_N, values_KD)
         if before_N is not None and torch.equal(reached.codes_N, before_N):
             break
