@@ -289,7 +289,7 @@ def _write_items(
             for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 reviews: list[dict[str, Any]] = []
                 if upcoming is not None and upcoming[0] == row:
-                    reviews = [asdict(review) for review in upcoming[1]]
+                    reviews = [{"user_id": review.user_id, "text": review.text} for review in upcoming[1]]
                     upcoming = next(reviewed, None)
                 if interacted[row]:
                     table.append((*values, reviews))
