@@ -38,6 +38,36 @@ def ml_100k(
     console.print(f"data: {items} items and {interactions} interactions written to {output}")
 
 
+def _amazon_command(year: int) -> None:
+    folder = Path(f"data/amazon-{year}")
+
+    @data.command(f"amazon-{year}", help=f"Amazon reviews of {year}, from files that you have downloaded.")
+    def command(
+        reviews: Annotated[Path, typer.Option(help="Review file: JSON lines, gzipped or not.")],
+        metadata: Annotated[Path, typer.Option(help="Metadata file of the same category, gzipped or not.")],
+        output: Annotated[Path, typer.Option(help="Folder for the two Parquet files.")] = folder,
+        reviews_per_item: Annotated[
+            int, typer.Option(help="Texts kept of an item: its earliest, of 20 characters or more, one of a user.")
+        ] = 32,
+        minimum_rating: Annotated[
+            float | None, typer.Option(help="Drop reviews with fewer stars; without it all count.")
+        ] = None,
+    ) -> None:
+        from curriculum.amazon import convert_amazon
+
+        counts = convert_amazon(
+            year, reviews=reviews, metadata=metadata, output=output, reviews_per_item=reviews_per_item,
+            minimum_rating=minimum_rating,
+        )  # fmt: skip
+        for line in counts.lines():
+            console.print(f"data: {line}", highlight=False)
+        console.print(f"data: written to {output}", highlight=False)
+
+
+for _year in (2014, 2018, 2023):
+    _amazon_command(_year)
+
+
 def _stage_command(name: str, help_text: str) -> None:
     @app.command(name, help=help_text)
     def command(config: Config = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:

@@ -12,6 +12,7 @@ class InputError(ValueError):
         problem: what is wrong, as a clause without a full stop.
         file: file at fault, when there is one.
         row: 0-based data row in that file.
+        line: line of that file, counted from 1 as editors do, where it is text.
         field: column or setting at fault.
         remedy: what to do, as a sentence.
     """
@@ -22,6 +23,7 @@ class InputError(ValueError):
         *,
         file: str | os.PathLike[str] | None = None,
         row: int | None = None,
+        line: int | None = None,
         field: str | None = None,
         remedy: str = "",
     ) -> None:
@@ -31,6 +33,7 @@ class InputError(ValueError):
         self.problem = problem
         self.file = None if file is None else os.fspath(file)
         self.row = None if row is None else int(row)
+        self.line = line
         self.field = field
         self.remedy = remedy
 
@@ -40,6 +43,8 @@ class InputError(ValueError):
             places.append(self.file)
         if self.row is not None:
             places.append(f"row {self.row}")
+        if self.line is not None:
+            places.append(f"line {self.line}")
         if self.field is not None:
             places.append(f"field '{self.field}'")
         where = f"{', '.join(places)}: " if places else ""
