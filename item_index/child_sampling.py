@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from item_index.child_sampling_loop import EVERY_ROW_SAMPLED, sample_rows
 from item_index.exclusion import ExcludedItems
 from item_index.trie import NO_NODE, ItemTrie
 
@@ -128,6 +127,10 @@ class ChildSampler:
         terminator: int | None,
         excluded: ExcludedItems | None,
     ) -> SampledChildren:
+        # Numba is loaded when it is needed: vLLM's start looks at every attribute of every loaded module, and fails on
+        # one of llvmlite's. After its start they go together.
+        from item_index.child_sampling_loop import EVERY_ROW_SAMPLED, sample_rows
+
         trie, batch = self.trie, len(nodes_B)
         # The loop does not look at bounds.
         largest_token = max(self._largest_token, NO_TOKEN if terminator is None else terminator)
