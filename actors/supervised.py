@@ -162,6 +162,8 @@ def _save(engine: LearnerEngine, plan: SupervisedPlan, folder: Path, tokenizer: 
 
 
 def _keep_lines(file: Path, steps: int) -> None:
-    """Drop the lines of steps that will be done again."""
+    """Drop the lines of steps that will be done again, by a new file: whoever follows the old one sees the change."""
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    file.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps))
+    fresh = file.with_suffix(".new")
+    fresh.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps))
+    fresh.replace(file)

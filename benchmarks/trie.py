@@ -13,8 +13,9 @@ has a quarter of its rows at each level, at the prefixes of random items. Every 
 - padded CSR: log-softmax over the vocabulary, then children gathered at the width of the level's largest branch.
 - ours: `ChildSampler.sample_children`, the children's logits alone.
 
-The work that is needed: 4 bytes of code and 4 of logits per child, and about ten operations on it; ours reads that and
-writes a few times as much in temporary arrays. All that reads the vocabulary reads 4 bytes x vocabulary per row.
+The work that is needed: a byte of code and 4 of logits per child, and about ten operations on it, one exponential
+among them; ours reads that once and keeps 16 bytes per child of the row at hand. All that reads the vocabulary reads 4
+bytes x vocabulary per row.
 """
 
 from __future__ import annotations

@@ -15,8 +15,6 @@ import json
 import logging
 import os
 import tempfile
-import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +26,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from cluster.placement import DeadlineExceeded
+from cluster.placement import DeadlineExceeded, run_watched
 from cluster.progress import progress_bar
 from cluster.settings import ClusterSettings
 from item_index.answer_cache import AskingReport, Failure
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
 # Questions of one block; the last requests of a block leave some of the concurrency idle.
 QUESTIONS = 512
-POLL_SECONDS = 0.2
 
 
 def embed(items: Catalogue, encoder_folder: Path, vectors_file: Path, cluster: ClusterSettings) -> None:
@@ -189,8 +186,7 @@ def _run(
 ) -> list[Path]:  # fmt: skip
     """Put every block through one of the workers; the result files, in the order of the blocks.
 
-    What is waited for is growth, of the results or of the JSON lines in `watched`: a job may take days, but it must not
-    stand still.
+    What is waited for is growth, of the results or of the JSON lines in `watched`.
     """
     (work / "in").mkdir()
     (work / "out").mkdir()
@@ -210,36 +206,25 @@ def _run(
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(paths))), num_cpus=cluster.index_worker_cpus,
             num_gpus=gpus,
         )  # fmt: skip
-    failure: list[BaseException] = []
+    size, done = -1, 0
 
-    def execute() -> None:
-        try:
-            dataset.materialize()
-        except BaseException as error:
-            failure.append(error)
+    def progressed() -> bool:
+        nonlocal size, done
+        results = sum(1 for _ in (work / "out").glob("*.parquet"))
+        bar.advance(results - done)
+        before, done = size, results
+        size = results + sum(file.stat().st_size for file in (watched.glob("*.jsonl") if watched else ()))
+        return size != before
 
-    # Ray Data has no deadline of its own. A daemon does not keep the process alive when ours runs out.
-    thread = threading.Thread(target=execute, daemon=True, name=f"{name} job")
-    thread.start()
-    size, grown_at, done = -1, time.monotonic(), 0
     with progress_bar(name, len(paths)) as bar:
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            results = sum(1 for _ in (work / "out").glob("*.parquet"))
-            bar.advance(results - done)
-            done = results
-            now = results + sum(file.stat().st_size for file in (watched.glob("*.jsonl") if watched else ()))
-            if now != size:
-                size, grown_at = now, time.monotonic()
-            if time.monotonic() - grown_at > cluster.call_seconds:
-                raise DeadlineExceeded(
-                    f"the {name} job has made no progress for {cluster.call_seconds:.0f} s; look at the workers' logs "
-                    "in Ray's session folder, or raise cluster.call_seconds"
-                )
-    if failure:
-        for file in (work / "out").glob("*.failure"):
-            raise InputError(**json.loads(file.read_text(encoding="utf-8"))) from failure[0]
-        raise failure[0]
+        try:
+            run_watched(name, dataset.materialize, progressed, cluster.call_seconds)
+        except DeadlineExceeded:
+            raise
+        except BaseException as error:
+            for file in (work / "out").glob("*.failure"):
+                raise InputError(**json.loads(file.read_text(encoding="utf-8"))) from error
+            raise
     return [work / "out" / path.name for path in paths]
 
 

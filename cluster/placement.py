@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +15,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.settings import ClusterSettings
+
+POLL_SECONDS = 0.2
 
 
 class DeadlineExceeded(TimeoutError):
@@ -80,6 +84,41 @@ def in_bundle(group: PlacementGroup, bundle: int, settings: ClusterSettings, env
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         "runtime_env": {"env_vars": {**environment, "OMP_NUM_THREADS": str(settings.threads)}},
     }
+
+
+def run_watched(name: str, job: Callable[[], object], progressed: Callable[[], bool], seconds: float) -> None:
+    """Run a job of Ray that knows no deadline of its own, as long as it makes progress; raises what it raises.
+
+    Args:
+        name: of the job.
+        job: blocks until the work is done.
+        progressed: asked again and again whether there is anything new, and once more at the end.
+        seconds: without progress after which DeadlineExceeded is raised: a job may take days, but not stand still.
+    """
+    failure: list[BaseException] = []
+
+    def execute() -> None:
+        try:
+            job()
+        except BaseException as error:
+            failure.append(error)
+
+    # A daemon does not keep the process alive when our deadline runs out.
+    thread = threading.Thread(target=execute, daemon=True, name=f"{name} job")
+    thread.start()
+    grown_at = time.monotonic()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        if progressed():
+            grown_at = time.monotonic()
+        if time.monotonic() - grown_at > seconds:
+            raise DeadlineExceeded(
+                f"the {name} job has made no progress for {seconds:.0f} s; look at the workers' logs in Ray's session "
+                "folder, or raise cluster.call_seconds"
+            )
+    progressed()
+    if failure:
+        raise failure[0]
 
 
 def await_ready(reference: ray.ObjectRef, what: str, seconds: float) -> None:

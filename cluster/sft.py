@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer
 
 from actors.learner import ENVIRONMENT
 from actors.supervised import METRICS_FILE, SupervisedPlan, supervised_rank
-from cluster.placement import DeadlineExceeded, ray_session, require_resources
+from cluster.placement import ray_session, require_resources, run_watched
 from cluster.progress import Bar, console, progress_bar
 from cluster.settings import Settings
 from cluster.tracking import Tracker
@@ -28,7 +27,6 @@ from curriculum.row_files import RowFile, write_rows
 from curriculum.supervised_rows import evaluation_rows, rows_of_pass
 from learner.policy import build_language_model, fit_vocabulary, load_language_model
 
-POLL_SECONDS = 0.5
 STATES_FOLDER = "states"  # Ray Train's: resumable states, and which of them is the latest
 
 
@@ -153,34 +151,12 @@ def _train(
             worker_runtime_env={"env_vars": environment},
         ),
     )  # fmt: skip
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            failure.append(error)
-
-    # Ray Train has no deadline for a step. A daemon does not keep the process alive when ours runs out.
-    thread = threading.Thread(target=fit, daemon=True, name="sft")
     metrics = MetricsLines(Path(plan.folder) / METRICS_FILE)
     metrics.read()
     done_before = len(metrics.lines)
-    started = grown_at = time.monotonic()
-    thread.start()
+    started = time.monotonic()
     with progress_bar("sft", plan.engine["total_steps"]) as bar:
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            if metrics.show(tracker, bar):
-                grown_at = time.monotonic()
-            if time.monotonic() - grown_at > cluster.call_seconds:
-                raise DeadlineExceeded(
-                    f"no optimizer step was finished within {cluster.call_seconds:.0f} s; look at the workers' logs in "
-                    "Ray's session folder, or raise cluster.call_seconds"
-                )
-        metrics.show(tracker, bar)
-    if failure:
-        raise failure[0]
+        run_watched("sft", trainer.fit, lambda: metrics.show(tracker, bar), cluster.call_seconds)
     tokens = sum(line["tokens"] for line in metrics.lines[done_before:])
     return metrics.lines, tokens / (time.monotonic() - started)
 
@@ -189,17 +165,17 @@ class MetricsLines:
     """The lines of the file to which rank 0 appends one per step; a restarted rank cuts it back to its state first."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._read, self._shown = file, 0, 0
+        self._file, self._node, self._read, self._shown = file, 0, 0, 0
         self.lines: list[dict[str, float]] = []
 
     def read(self) -> bool:
         """Take in what was written since; returns whether anything was."""
         if not self._file.is_file():
             return False
-        size = self._file.stat().st_size
-        if size < self._read:
-            self.lines, self._read = [], 0
         with self._file.open("rb") as content:
+            node = os.fstat(content.fileno()).st_ino
+            if node != self._node:  # cut back: put in the place of the former file as a whole
+                self.lines, self._read, self._node = [], 0, node
             content.seek(self._read)
             whole = content.read().rpartition(b"\n")[0]
         if not whole:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from cluster.asking import asker_of, endpoint_of
 from cluster.data_settings import TeacherSettings
+from cluster.index import STAGE_FILE
 from cluster.progress import console, progress_bar
 from cluster.settings import ClusterSettings, Settings
 from cluster.tracking import Tracker
@@ -175,7 +176,7 @@ def show_teacher(counts: dict[str, Any], folder: Path, tracker: Tracker) -> None
     )
     if counts["failed"]:
         console.print(
-            f"teacher: to ask once more for the targets whose call failed, remove {folder / 'stage.json'} and give the "
+            f"teacher: to ask once more for the targets whose call failed, remove {folder / STAGE_FILE} and give the "
             "same command again"
         )
     flat: dict[str, float] = {f"teacher/{name}": value for name, value in counts.items() if isinstance(value, int)}

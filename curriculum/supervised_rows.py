@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from curriculum.alignment import AlignmentData, TaskShare, alignment_rows, row_counts
+from curriculum.alignment import AlignmentData, NextItem, TaskShare, alignment_rows, row_counts
 from curriculum.rows import ReasoningExample, Row, direct_windows, reasoning_row, response_row
 from curriculum.schedule import reasoning_positions
 
-REASONING, NEXT_ITEM = "reasoning", "next_item"
+REASONING = "reasoning"
 
 
 def rows_of_pass(
@@ -35,7 +35,7 @@ def rows_of_pass(
     generator = np.random.default_rng([seed, 3, number])
     windows: list[Row] = []
     if dense:
-        tasks = {name: share for name, share in tasks.items() if name != NEXT_ITEM}
+        tasks = {name: share for name, share in tasks.items() if name != NextItem.name}
         windows = list(direct_windows(data.sequences, data.held_out, data.builder, generator=generator))
     aligned = sum(row_counts(data, tasks).values())
     is_window = generator.permutation(np.arange(len(windows) + aligned) < len(windows))
@@ -51,7 +51,7 @@ def rows_of_pass(
             example = reasoning[next(shuffled)]
             yield REASONING, reasoning_row(example, data.held_out, data.builder, dense=dense)
         elif next(others):
-            yield NEXT_ITEM, windows[next(order)]
+            yield NextItem.name, windows[next(order)]
         else:
             yield next(aligning)
 
@@ -62,6 +62,6 @@ def evaluation_rows(data: AlignmentData, *, users: int, seed: int) -> Iterator[t
     for user in np.sort(chosen):
         items = data.sequences.sequence(int(user))[:-1]
         yield (
-            NEXT_ITEM,
+            NextItem.name,
             response_row(data.builder.prompt(items[:-1], "direct"), data.builder.direct_response(int(items[-1]))),
         )

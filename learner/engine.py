@@ -47,7 +47,6 @@ class LearnerEngine:
         weight_decay, gradient_clip: AdamW's decay; clip of the global gradient norm.
         zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
         dtype: of weights and activations; the optimizer keeps float32 masters of bfloat16 weights (ZeRO 1 to 3).
-        offload: keep the optimizer's state in the memory of the CPU (ZeRO 1 to 3).
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class LearnerEngine:
         gradient_clip: float,
         zero_stage: int,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        offload: bool = False,
     ) -> None:
         if dtype == "bfloat16":
             policy = policy.to(torch.bfloat16)
@@ -87,12 +85,8 @@ class LearnerEngine:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": gradient_clip,
-                "zero_optimization": {
-                    "stage": zero_stage,
-                    **({"offload_optimizer": {"device": "cpu"}} if offload else {}),
-                },
+                "zero_optimization": {"stage": zero_stage},
                 "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,  # it would be compiled at the first use
                 "bf16": {"enabled": dtype == "bfloat16"},
                 "steps_per_print": 10**9,
             },
@@ -133,13 +127,13 @@ class LearnerEngine:
     def rank(self) -> int:
         return torch.distributed.get_rank()
 
-    def total(self, *numbers: float) -> list[float]:
-        """Sums over all ranks, which all have to call this."""
+    def total(self, number: float) -> float:
+        """Sum over all ranks, which all have to call this."""
         if self.ranks == 1:
-            return list(numbers)
-        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(sums)
-        return sums.tolist()
+            return number
+        total = torch.tensor(number, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return float(total)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The language model's weights on the CPU, a tied head left out.

@@ -60,7 +60,7 @@ def supervised_step(
 
     norm = engine.step(losses(), len(batches))
     return {
-        "loss": engine.total(total)[0],
+        "loss": engine.total(total),
         "gradient_norm": norm,
         "learning_rate": engine.learning_rate,
         "learnt_tokens": float(count),
@@ -80,4 +80,4 @@ def supervised_loss(
             engine.policy(pack_rows([PLACEHOLDER]).to(engine.device))
         else:
             total -= engine.policy(batch).sum().item()
-    return engine.total(total)[0] / max(learnt_tokens(learnt), 1)
+    return engine.total(total) / max(learnt_tokens(learnt), 1)
