@@ -1,4 +1,4 @@
-"""The evaluate stage: both modes of both checkpoints on the full catalogue, beside the baselines."""
+"""The evaluate stage: the modes of the checkpoints on the full catalogue, beside the baselines."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from curriculum.corpus import Corpus
 from evaluation.baselines import rank_unseen, tuned_baselines
 from evaluation.metrics import pass_at_k, ranking_metrics
 from evaluation.ranking import merge_chains
+from item_index.constraint import MODES
 from item_index.ragged import RaggedArray
 from learner.rollouts import RolloutBatch, RolloutPrompts
 from rewards.chains import chain_metrics
@@ -44,7 +45,7 @@ class ModeResult:
 def run_evaluate(
     settings: Settings, corpus: Corpus, index_folder: Path, checkpoints: dict[str, Path], folder: Path, tracker: Tracker
 ) -> dict[str, dict[str, float]]:
-    """Evaluate every checkpoint (`sft`, `srpo`) in both modes; writes `results.json`, `results.md`, `examples.md`."""
+    """Evaluate checkpoints by stage (`sft`, `srpo`); writes `results.json`, `results.md` and `examples.md`."""
     evaluation, cluster = settings.evaluation, settings.cluster
     source = PromptSource(corpus, reasoning_budget=settings.train.reasoning_budget, exclude_seen=True)
     users = np.sort(np.random.default_rng([settings.seed, 6]).permutation(len(corpus.sequences))[: evaluation.users])
@@ -55,27 +56,32 @@ def run_evaluate(
     for name, ranked in baseline_rankings(settings, corpus, users, direct).items():
         results[name] = ModeResult(list_metrics(ranked, direct, len(corpus.index)), ranked)
 
-    work = len(checkpoints) * (-(-len(users) // evaluation.batch_users)) * (1 + evaluation.chains)
+    searches = ("direct" in evaluation.modes) + ("reasoning" in evaluation.modes) * evaluation.chains
+    work = len(checkpoints) * (-(-len(users) // evaluation.batch_users)) * searches
     index = str(index_folder.resolve())
     threads = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cluster.threads)}}}
     with ray_session(cluster), engines_placed(cluster) as group, progress_bar("evaluate", work) as bar:
         rollout: Any = None
         reward: Any = None
-        for stage, checkpoint in checkpoints.items():
+        for version, (stage, checkpoint) in enumerate(checkpoints.items()):
             model = str(checkpoint.resolve())
             ranker = RankingActor.options(num_cpus=0, **threads).remote(model, index, threads=cluster.threads)
-            if rollout is None:
-                rollout = RolloutActor.options(**in_bundle(group, 1, cluster, ROLLOUT_ENVIRONMENT)).remote(
-                    model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib,
-                    sequences=cluster.rollout_sequences, threads=cluster.threads, seed=settings.seed,
-                )  # fmt: skip
-                reward = RewardActor.options(num_cpus=0).remote(
-                    index, model, minimum_think_tokens=settings.train.minimum_think_tokens
+            if "direct" in evaluation.modes:
+                results[f"direct_{stage}"] = direct_result(settings, direct, ranker, len(corpus.index), bar)
+            if "reasoning" in evaluation.modes:
+                if rollout is None:
+                    rollout = RolloutActor.options(**in_bundle(group, 1, cluster, ROLLOUT_ENVIRONMENT)).remote(
+                        model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib,
+                        sequences=cluster.rollout_sequences, threads=cluster.threads, seed=settings.seed,
+                    )  # fmt: skip
+                    reward = RewardActor.options(num_cpus=0).remote(
+                        index, model, minimum_think_tokens=settings.train.minimum_think_tokens
+                    )
+                else:  # one engine serves all checkpoints: its start costs more than a reload
+                    await_result(rollout.load_weights.remote(model, version), "the reload", cluster.start_seconds)
+                results[f"reasoning_{stage}"] = reasoning_result(
+                    settings, reasoning, rollout, reward, ranker, corpus, bar
                 )
-            else:  # one engine serves all checkpoints: its start costs more than a reload
-                await_result(rollout.load_weights.remote(model, len(results)), "the reload", cluster.start_seconds)
-            results[f"direct_{stage}"] = direct_result(settings, direct, ranker, len(corpus.index), bar)
-            results[f"reasoning_{stage}"] = reasoning_result(settings, reasoning, rollout, reward, ranker, corpus, bar)
             ray.kill(ranker)
 
     metrics = {name: result.metrics for name, result in results.items()}
@@ -201,27 +207,24 @@ def results_markdown(metrics: dict[str, dict[str, float]]) -> str:
 
 
 def example_recommendations(corpus: Corpus, prompts: RolloutPrompts, results: dict[str, ModeResult], count: int) -> str:
-    """Some users' latest items, true next item, and both modes' lists with the first chain."""
+    """Some users' latest items, true next item, and the last checkpoint's list in each mode, with the first chain."""
     titles = corpus.catalogue.titles
-    last = [name for name in results if name.startswith("reasoning_")][-1]
-    reasoning, direct = results[last], results[last.replace("reasoning", "direct")]
-    assert reasoning.chains is not None
+    shown = {name.partition("_")[0]: result for name, result in results.items() if name.startswith(MODES)}
+    chains = shown["reasoning"].chains if "reasoning" in shown else None
     parts = []
     for user in range(min(count, len(prompts))):
-        chain = reasoning.chains.responses[user * reasoning.chains.group_size]
-        text = corpus.tokenizer.decode(
-            chain[: int(np.nonzero(chain == corpus.builder.tokens.answer_open)[0][0])].tolist()
-        )
-        latest = "; ".join(titles[item] for item in prompts.excluded[user][-5:])
-        parts.append(
-            f"### Recommendation {user + 1}\n\n"
-            f"- latest items: {latest}\n- true next item: {titles[int(prompts.targets[user])]}\n"
-            + "".join(
-                f"- {name}: {'; '.join(titles[item] for item in result.ranked_UK[user, :5] if item >= 0)}\n"
-                for name, result in (("direct", direct), ("reasoning", reasoning))
-            )
-            + f"- a chain: {with_titles(text, corpus)}\n"
-        )
+        lines = [
+            f"### Recommendation {user + 1}\n",
+            f"- latest items: {'; '.join(titles[item] for item in prompts.excluded[user][-5:])}",
+            f"- true next item: {titles[int(prompts.targets[user])]}",
+        ]
+        for mode, result in shown.items():
+            lines.append(f"- {mode}: {'; '.join(titles[item] for item in result.ranked_UK[user, :5] if item >= 0)}")
+        if chains is not None:
+            chain = chains.responses[user * chains.group_size]
+            text = chain[: int(np.nonzero(chain == corpus.builder.tokens.answer_open)[0][0])].tolist()
+            lines.append(f"- a chain: {with_titles(corpus.tokenizer.decode(text), corpus)}")
+        parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 

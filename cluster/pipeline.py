@@ -85,9 +85,11 @@ def evaluate_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[s
     from cluster.evaluate import run_evaluate
 
     corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
-    checkpoints = {
+    stages = {"sft": "sft", "srpo": "train"}
+    checkpoints: dict[str, Path] = {
         name: _checkpoint_with_tokens(settings.folder / stage / "checkpoint", corpus.index)
-        for name, stage in (("sft", "sft"), ("srpo", "train"))
+        for name, stage in stages.items()
+        if name in settings.evaluation.checkpoints
     }
     return run_evaluate(settings, corpus, settings.folder / "index", checkpoints, folder, tracker)
 
@@ -123,6 +125,13 @@ STAGES = {
 }
 
 
+def inputs_of(settings: Settings, name: str) -> tuple[str, ...]:
+    """The stages whose output a stage reads."""
+    if name == "evaluate" and "srpo" not in settings.evaluation.checkpoints:
+        return ("sft",)
+    return STAGES[name].after
+
+
 @cache
 def code_fingerprint() -> str:
     """Hash of the source files of all packages: after a change of the code every stage runs again."""
@@ -151,7 +160,7 @@ def fingerprint(settings: Settings, name: str) -> str:
                     "the file does not exist", file=file, remedy="Name it in data.items or data.interactions."
                 )
             values[file] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for earlier in stage.after:
+    for earlier in inputs_of(settings, name):
         values[earlier] = fingerprint(settings, earlier)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -167,7 +176,7 @@ def run_stages(settings: Settings, names: list[str], *, update_index: bool = Fal
 
     With `update_index` an index that is not current is grown to the new catalogue instead of made anew.
     """
-    for earlier in STAGES[names[0]].after:
+    for earlier in inputs_of(settings, names[0]):
         if not is_current(settings, earlier):
             raise InputError(
                 f"the {earlier} stage is missing or was made with other settings", file=settings.folder,

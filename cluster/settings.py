@@ -13,11 +13,19 @@ from pydantic import Field, ValidationError, model_validator
 from cluster.data_settings import CorpusSettings, DataSettings, IndexSettings
 from cluster.learning_settings import ModelSettings, SupervisedSettings, TrainSettings
 from cluster.section import Section
+from item_index.constraint import MODES, Mode
 from item_index.input_error import InputError
 
 
 class EvaluationSettings(Section):
     part: Literal["test", "validation"] = Field("test", description="Which target of each user is evaluated.")
+    checkpoints: tuple[Literal["sft", "srpo"], ...] = Field(
+        ("sft", "srpo"), min_length=1,
+        description="Whose checkpoints are evaluated; without srpo the train stage need not have run.",
+    )  # fmt: skip
+    modes: tuple[Mode, ...] = Field(
+        MODES, min_length=1, description="Inference modes; without reasoning no rollout engine is started."
+    )
     users: int | None = Field(None, ge=1, description="Users to evaluate, drawn by the seed; all when null.")
     beam_width: int = Field(50, ge=50, description="Beams of direct mode, and length of the ranked lists.")
     chains: int = Field(4, ge=1, description="Reasoning chains sampled for each user.")

@@ -99,6 +99,12 @@ def test_the_fingerprint_of_a_stage_follows_its_own_settings(run):
             assert changed == (order.index(other) >= order.index(name)), (override, other)
 
 
+def test_an_evaluation_of_the_supervised_checkpoint_alone_does_not_depend_on_the_train_stage(run):
+    alone = "evaluation.checkpoints=[sft]"
+    assert fingerprint(run(alone, "train.steps=7"), "evaluate") == fingerprint(run(alone), "evaluate")
+    assert fingerprint(run(alone, "sft.passes=7"), "evaluate") != fingerprint(run(alone), "evaluate")
+
+
 def test_a_stage_that_failed_is_not_current(run, tmp_path):
     settings = load_settings(
         None, [*write_tables(tmp_path), f"run_folder={run().run_folder}", "corpus.history_items=5"]

@@ -4,64 +4,30 @@ weights: what it checks is that the stages fit together, not that anything is le
 import json
 import sqlite3
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from small_tables import write_tables
 
 from cluster.pipeline import STAGES, run_stages
 from cluster.settings import load_settings
 
-ITEMS, USERS = 24, 24
-
-
-def write_data(folder):
-    generator = np.random.default_rng(0)
-    kinds = ["Drama", "Comedy", "Horror", "Western"]
-    pq.write_table(
-        pa.table(
-            {
-                "item_id": [f"item-{row}" for row in range(ITEMS)],
-                "title": [f"Tale number {row}" for row in range(ITEMS)],
-                "categories": [[kinds[row % 4], kinds[(row // 4) % 4]] for row in range(ITEMS)],
-            }
-        ),
-        folder / "items.parquet",
-    )
-    users, items = zip(*[(u, i) for u in range(USERS) for i in generator.permutation(ITEMS)[:12]], strict=True)
-    pq.write_table(
-        pa.table(
-            {
-                "user_id": list(users),
-                "item_id": [f"item-{item}" for item in items],
-                "timestamp": list(range(len(users))),
-            }
-        ),
-        folder / "interactions.parquet",
-    )
-
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, ray_cluster):
+def run(tmp_path_factory, ray_cluster):
+    """Settings of one small run folder, with overrides."""
     folder = tmp_path_factory.mktemp("run")
-    write_data(folder)
-    return load_settings(
-        None,
-        [
-            f"run_folder={folder / 'run'}", f"data.items={folder / 'items.parquet'}",
-            f"data.interactions={folder / 'interactions.parquet'}", "data.minimum_interactions=3",
-            "index.level_sizes=[4,3,2]", "corpus.history_items=6", "corpus.text_vocabulary=300",
-            "model.hidden_size=32", "model.intermediate_size=32", "model.layers=1", "sft.passes=2",
-            "sft.learning_rate=1.0e-3", "train.steps=2", "train.prompts_per_step=6", "train.mini_batch_prompts=3",
-            "train.responses=6", "train.reasoning_budget=64", "train.probe_prompts=4", "train.learning_rate=1.0e-4",
-            "evaluation.chains=2", "cluster.kv_cache_mib=32", "cluster.rollout_sequences=32",
-        ],
-    )  # fmt: skip
+    overrides = [
+        *write_tables(folder / "data"), f"run_folder={folder / 'run'}", "sft.passes=2", "sft.learning_rate=1.0e-3",
+        "train.steps=2", "train.prompts_per_step=6", "train.mini_batch_prompts=3", "train.responses=6",
+        "train.reasoning_budget=64", "train.probe_prompts=4", "train.learning_rate=1.0e-4", "evaluation.chains=2",
+        "cluster.kv_cache_mib=32", "cluster.rollout_sequences=32",
+    ]  # fmt: skip
+    return lambda *more: load_settings(None, [*overrides, *more])
 
 
 @pytest.mark.engines
 @pytest.mark.timeout(900)
-def test_all_stages_run_and_a_second_run_reuses_them(settings, capsys):
+def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
+    settings = run()
     run_stages(settings, list(STAGES))
     capsys.readouterr()
 
@@ -98,3 +64,11 @@ def test_all_stages_run_and_a_second_run_reuses_them(settings, capsys):
     printed = capsys.readouterr().out
     for name in STAGES:
         assert f"{name}: unchanged, re-used" in printed
+
+    # The supervised checkpoint alone does not need the train stage, so that one's changed settings do not matter.
+    only = run("evaluation.checkpoints=[sft]", "evaluation.modes=[direct]", "train.steps=9")
+    run_stages(only, ["evaluate"])
+    alone = json.loads((settings.folder / "evaluation" / "results.json").read_text())
+    assert set(alone) == {"popularity", "markov", "item_knn", "direct_sft"}
+    assert alone["direct_sft"] == results["direct_sft"]
+    assert "- a chain:" not in (settings.folder / "evaluation" / "examples.md").read_text()

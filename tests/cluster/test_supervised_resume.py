@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def overrides_of(folder, *more):
     return [
         *write_tables(folder / "data"), f"run_folder={folder / 'run'}", "corpus.reasoning_rows=40", "sft.passes=2",
-        "sft.batch_rows=4", "sft.learning_rate=1.0e-3", "sft.checkpoint_steps=5", "sft.supervision=dense",
+        "sft.batch_rows=16", "sft.learning_rate=1.0e-3", "sft.checkpoint_steps=5", "sft.supervision=dense",
         "cluster.threads=1", *more,
     ]  # fmt: skip
 
