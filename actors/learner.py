@@ -14,6 +14,7 @@ from item_index.constraint import AnswerConstraint
 from item_index.semantic_ids import SemanticIdIndex
 from learner.engine import LearnerEngine, initialize_process_group
 from learner.objective import ObjectiveSettings
+from learner.packed_attention import PACKED
 from learner.policy import Policy, load_language_model
 from learner.rollouts import RolloutBatch
 from learner.srpo import GroupPolicyLearner
@@ -30,13 +31,13 @@ class LearnerRank:
         initialize_process_group(port=_free_port())
         self.model_folder = model_folder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-        self.engine = LearnerEngine(Policy(load_language_model(model_folder)), **engine)
+        self.engine = LearnerEngine(Policy(load_language_model(model_folder, attention=PACKED)), **engine)
         self.group_policy: GroupPolicyLearner | None = None
         self.version = version
 
     def prepare_srpo(self, index_folder: str, objective: dict[str, Any], **settings: Any) -> None:
         """Freeze a copy of the starting checkpoint as the reference and bind the constraint."""
-        reference = load_language_model(self.model_folder)
+        reference = load_language_model(self.model_folder, attention=PACKED)
         rows = reference.get_output_embeddings().weight.shape[0]
         constraint = AnswerConstraint.of(SemanticIdIndex.load(index_folder), self.tokenizer, vocabulary_size=rows)
         self.group_policy = GroupPolicyLearner(

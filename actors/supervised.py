@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from curriculum.row_files import RowFile
 from learner.engine import LearnerEngine, initialize_process_group
 from learner.low_rank import LowRankSettings, add_low_rank_weights, merged_language_model
+from learner.packed_attention import PACKED
 from learner.policy import Policy, load_language_model
-from learner.row_attention import PACKED_ROWS
 from learner.supervised import learnt_tokens, supervised_loss, supervised_step
 from learner.training_state import load_training_state, save_training_state
 
@@ -117,7 +117,7 @@ def supervised_rank(arguments: dict[str, Any]) -> None:
 
 
 def _engine(plan: SupervisedPlan) -> tuple[LearnerEngine, Any]:
-    model = load_language_model(plan.model, attention=PACKED_ROWS)
+    model = load_language_model(plan.model, attention=PACKED)
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if plan.low_rank is not None:

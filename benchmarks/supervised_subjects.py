@@ -66,8 +66,8 @@ class Steps:
 def ours(task: Task, tokens: RaggedArray, learnt: RaggedArray) -> Steps:
     """The rank's step of the supervised stage, DeepSpeed ZeRO 2 included."""
     from learner.engine import LearnerEngine, initialize_process_group
+    from learner.packed_attention import PACKED
     from learner.policy import Policy, load_language_model
-    from learner.row_attention import PACKED_ROWS
     from learner.supervised import supervised_step
 
     with socket.socket() as listener:
@@ -75,7 +75,7 @@ def ours(task: Task, tokens: RaggedArray, learnt: RaggedArray) -> Steps:
         port = int(listener.getsockname()[1])
     initialize_process_group(port=port)
     engine = LearnerEngine(
-        Policy(load_language_model(task.model, attention=PACKED_ROWS)), learning_rate=LEARNING_RATE, weight_decay=0.01,
+        Policy(load_language_model(task.model, attention=PACKED)), learning_rate=LEARNING_RATE, weight_decay=0.01,
         warm_up_steps=0, total_steps=1, schedule="constant", gradient_clip=CLIP, zero_stage=2,
     )  # fmt: skip
     done = Steps([], [], 0.0)

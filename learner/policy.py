@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from item_index.constraint import AllowedTokens
 from item_index.input_error import InputError
 from learner.log_probabilities import allowed_log_probabilities, full_vocabulary_log_probabilities
+from learner.packed_attention import PACKED
 from learner.packing import PackedBatch
-from learner.row_attention import PACKED_ROWS
 
 
 def build_language_model(
@@ -42,7 +42,7 @@ def build_language_model(
 
 
 def load_language_model(path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
-    """A local checkpoint (safetensors only), with `PACKED_ROWS` attention for supervised rows."""
+    """A local checkpoint (safetensors only), with `PACKED` attention for a policy."""
     if not Path(path).is_dir():
         raise InputError("there is no such checkpoint folder", file=path, remedy="Name a local folder.")
     return AutoModelForCausalLM.from_pretrained(
@@ -93,16 +93,12 @@ class Policy(nn.Module):
     ) -> torch.Tensor:
         """float32 [T]: over the allowed sets where they are given, over the whole vocabulary otherwise."""
         implementation = self.language_model.config._attn_implementation
-        if (batch.rows is not None) != (implementation == PACKED_ROWS):
-            raise ValueError(f"this batch and a model with {implementation} attention do not go together")
-        hidden_BLH = self.language_model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **({} if batch.rows is None else {"packed_rows": batch.rows}),
-        ).last_hidden_state
-        hidden_TH = hidden_BLH[batch.sequence_T, batch.position_T]
+        if implementation != PACKED:
+            raise ValueError(f"packed batches need a model with {PACKED} attention, and this one has {implementation}")
+        hidden_LH = self.language_model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packed_parts=batch.parts
+        ).last_hidden_state[0]
+        hidden_TH = hidden_LH[batch.position_T]
         head_VH = self.language_model.get_output_embeddings().weight
         if allowed is None or free_text_masks is None:
             return full_vocabulary_log_probabilities(hidden_TH, head_VH, batch.targets_T)

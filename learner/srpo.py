@@ -12,7 +12,7 @@ import torch
 from item_index.constraint import AllowedTokens, AnswerConstraint
 from learner.engine import LearnerEngine
 from learner.objective import ObjectiveSettings, token_losses, token_weights
-from learner.packing import micro_batches, pack_groups, packed_length
+from learner.packing import balanced_micro_batches, pack_groups, packed_length
 from learner.policy import Policy
 from learner.rollouts import RolloutBatch
 
@@ -50,20 +50,21 @@ def response_log_probabilities(
     result = torch.zeros(len(batch.responses.values))
     policy.eval()
     with torch.inference_mode():
-        for groups in micro_batches(_packed_lengths(batch), micro_batch_tokens):
+        for groups in _micro_batches(batch, micro_batch_tokens):
             packed, tokens = _pack(batch, groups)
             result[tokens] = policy(packed, allowed.select(tokens), free_text_masks, temperature)
     return result.clone()
 
 
-def _packed_lengths(batch: RolloutBatch) -> np.ndarray:
+def _micro_batches(batch: RolloutBatch, token_budget: int) -> list[np.ndarray]:
+    """Groups by micro-batch, which hold about the same number of packed tokens."""
     n = batch.group_size
-    return np.array(
-        [
-            packed_length(batch.prompts.tokens[g], [batch.responses[g * n + i] for i in range(n)])
-            for g in range(len(batch))
-        ]
-    )
+    lengths = [
+        packed_length(batch.prompts.tokens[g], [batch.responses[g * n + i] for i in range(n)])
+        for g in range(len(batch))
+    ]
+    plan = balanced_micro_batches(lengths, ranks=1, token_budget=token_budget)[0]
+    return [groups for groups in plan if len(groups)]
 
 
 def _pack(batch: RolloutBatch, groups: np.ndarray):
@@ -148,7 +149,7 @@ class GroupPolicyLearner:
             mode_T, has_choice_T, (1 - reasoning_share, reasoning_share), self.objective.token_mean
         )
         sampler_T = torch.from_numpy(np.array(mini.log_probabilities.values))
-        plan = list(micro_batches(_packed_lengths(mini), self.micro_batch_tokens))
+        plan = _micro_batches(mini, self.micro_batch_tokens)
         sums: dict[str, float] = defaultdict(float)
         self.engine.engine.train()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex, assign_semantic_ids
 from item_index.tokens import SemanticIdTokens
 from item_index.trie import ItemTrie
-from learner.policy import build_language_model
+from learner.packed_attention import PACKED
+from learner.policy import Policy, build_language_model
 from learner.rollouts import RolloutBatch, RolloutPrompts
 
 TEXTS = [
@@ -79,6 +81,13 @@ class Tiny:
             self.constraint.advance(states, np.array([chosen]))
             response.append(chosen)
         return response
+
+
+def policy_of(model: Any) -> Policy:
+    """A policy with a copy of the model."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(PACKED)
+    return Policy(model)
 
 
 def allowed_tokens(constraint: AnswerConstraint, states: ConstraintStates) -> set[int]:

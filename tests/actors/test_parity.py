@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import ray
 import torch
+from tiny import policy_of
 
 from actors.learner import LearnerActor
 from actors.reward import RewardWorker
 from actors.rollout import prompt_seeds
-from learner.policy import Policy
 from learner.srpo import allowed_in, response_log_probabilities
 
 pytestmark = pytest.mark.engines
@@ -26,7 +26,7 @@ def test_per_token_log_probabilities_agree(tiny, rollouts):
     allowed = allowed_in(rollouts, tiny.constraint).allowed
     masks = torch.from_numpy(tiny.constraint.free_text_masks)
     learner = response_log_probabilities(
-        Policy(tiny.model), rollouts, allowed, masks, temperature=1.0, micro_batch_tokens=2048
+        policy_of(tiny.model), rollouts, allowed, masks, temperature=1.0, micro_batch_tokens=2048
     ).numpy()
     sampler = rollouts.log_probabilities.values
     reasoning = np.repeat(np.repeat(rollouts.prompts.reasoning, rollouts.group_size), rollouts.responses.lengths)

@@ -5,12 +5,12 @@ import pytest
 import ray
 import safetensors.torch
 import torch
-from tiny import make_tiny
+from tiny import make_tiny, policy_of
 from transformers import LlamaForCausalLM
 
 from actors.learner import LearnerActor
 from actors.rollout import ENVIRONMENT, RolloutActor, prompt_seeds
-from learner.policy import Policy, load_language_model
+from learner.policy import load_language_model
 from learner.srpo import allowed_in, response_log_probabilities
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -22,7 +22,7 @@ def largest_gap(tiny, model, batch):
     allowed = allowed_in(batch, tiny.constraint).allowed
     masks = torch.from_numpy(tiny.constraint.free_text_masks)
     values = response_log_probabilities(
-        Policy(model.eval()), batch, allowed, masks, temperature=1.0, micro_batch_tokens=2048
+        policy_of(model), batch, allowed, masks, temperature=1.0, micro_batch_tokens=2048
     )
     return float(np.abs(values.numpy() - batch.log_probabilities.values).max())
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from tiny import allowed_tokens
+from tiny import allowed_tokens, policy_of
 
 from item_index.constraint import AllowedTokens
 from item_index.ragged import RaggedArray
+from learner import log_probabilities
 from learner.log_probabilities import allowed_log_probabilities, full_vocabulary_log_probabilities
 from learner.packing import pack_groups
-from learner.policy import Policy
 from learner.srpo import allowed_in
 
 MODES = ["direct", "reasoning", "reasoning", "direct"]
@@ -46,23 +46,24 @@ def test_packed_log_probabilities_and_gradients_equal_the_slow_ones(tiny, temper
     groups = [(batch.prompts.tokens[g], [batch.responses[3 * g + i] for i in range(3)]) for g in range(len(MODES))]
     weights = torch.from_numpy(np.random.default_rng(0).normal(size=len(batch.responses.values))).float()
 
-    def gradients(values):
-        tiny.model.zero_grad()
+    def gradients(model, values):
+        model.zero_grad()
         (weights * values).mean().backward()
-        found = {name: weight.grad.clone() for name, weight in tiny.model.named_parameters()}
-        tiny.model.zero_grad()
+        found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+        model.zero_grad()
         return found
 
     slow, choice = slow_log_probabilities(tiny, batch, temperature)
-    fast = Policy(tiny.model)(pack_groups(groups), allowed, masks, temperature)
+    policy = policy_of(tiny.model)
+    fast = policy(pack_groups(groups), allowed, masks, temperature)
     assert fast.dtype == torch.float32
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
     assert allowed.has_choice.tolist() == choice.tolist()
     assert choice.any()
     assert not choice.all()
     assert (fast[torch.from_numpy(~choice)] == 0).all()
-    expected = gradients(slow)
-    for name, gradient in gradients(fast).items():
+    expected = gradients(tiny.model, slow)
+    for name, gradient in gradients(policy.language_model, fast).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -77,7 +78,7 @@ def test_listed_tokens_come_on_top_of_the_free_text_set():
     masks[0, [1, 2]] = True
     masks[1, [3, 4]] = True
     allowed = AllowedTokens(np.array([0, 1, -1], dtype=np.int8), RaggedArray.of([[7], [], [5, 6]], np.int64))
-    values = allowed_log_probabilities(hidden, head, torch.tensor([7, 4, 6]), allowed, masks, chunk=1)
+    values = allowed_log_probabilities(hidden, head, torch.tensor([7, 4, 6]), allowed, masks)
     for row, (target, members) in enumerate([(7, [1, 2, 7]), (4, [3, 4]), (6, [5, 6])]):
         logits = head[members] @ hidden[row]
         torch.testing.assert_close(values[row], logits.log_softmax(dim=0)[members.index(target)], rtol=0, atol=1e-5)
@@ -102,10 +103,41 @@ def test_a_wrong_number_of_allowed_sets_is_an_error():
         allowed_log_probabilities(hidden, head, torch.tensor([1, 1]), allowed, torch.zeros(2, 12, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_the_whole_vocabulary_is_the_softmax_of_all_logits_in_any_chunk(chunk):
+@pytest.mark.parametrize("positions_of_a_chunk", [1, 3, 100])
+@pytest.mark.parametrize("kept_bytes", [0, 10**6])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients_over_the_vocabulary_are_those_of_all_logits_in_any_chunk(
+    monkeypatch, positions_of_a_chunk, kept_bytes, temperature
+):
+    monkeypatch.setattr(log_probabilities, "CHUNK_BYTES", positions_of_a_chunk * 12 * 8)
+    monkeypatch.setattr(log_probabilities, "KEPT_BYTES", kept_bytes)
+    hidden, head = (states.double().requires_grad_() for states in random_head(tokens=7))
+    targets = torch.tensor([7, 2, 3, 4, 9, 3, 1])
+    masks = torch.ones(2, 12, dtype=torch.bool)
+    masks[0, [5, 7, 9]] = False
+    masks[1, [0, 1, 2]] = False
+    listed = [[7, 9], [], [], [], [9], [], [1]]
+    kinds = np.array([0, 0, 1, 1, 0, 0, 1], dtype=np.int8)
+    allowed = AllowedTokens(kinds, RaggedArray.of(listed, np.int64))
+    weights = torch.linspace(-1, 2, 7, dtype=torch.float64)
+
+    logits = hidden @ head.T / temperature
+    mask = masks[torch.from_numpy(kinds).long()].clone()
+    for row, tokens in enumerate(listed):
+        mask[row, tokens] = True
+    slow = logits.masked_fill(~mask, float("-inf")).log_softmax(dim=-1)[torch.arange(7), targets]
+    fast = allowed_log_probabilities(hidden, head, targets, allowed, masks, temperature=temperature)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    expected = torch.autograd.grad((weights * slow).sum(), (hidden, head))
+    for one, other in zip(torch.autograd.grad((weights * fast).sum(), (hidden, head)), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_the_whole_vocabulary_is_the_softmax_of_all_logits():
     hidden, head = random_head(tokens=7)
     targets = torch.arange(7)
     expected = (hidden @ head.T).log_softmax(dim=-1)[torch.arange(7), targets]
-    values = full_vocabulary_log_probabilities(hidden, head, targets, chunk=chunk)
-    torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(full_vocabulary_log_probabilities(hidden, head, targets), expected, rtol=0, atol=1e-6)
+    half = full_vocabulary_log_probabilities(hidden.bfloat16(), head.bfloat16(), targets)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, rtol=0, atol=0.1)

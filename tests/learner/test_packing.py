@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import policy_of
 
-from learner.packing import balanced_micro_batches, micro_batches, pack_groups, pack_rows, packed_length
-from learner.policy import Policy
+from learner.packing import balanced_micro_batches, pack_groups, pack_rows, packed_length
 from learner.srpo import allowed_in, response_log_probabilities
 
 GROUPS = [
@@ -19,21 +19,15 @@ GROUPS = [
 def test_a_group_is_laid_out_once_with_positions_that_restart_after_the_prompt():
     packed = pack_groups(GROUPS)
     assert [packed_length(*group) for group in GROUPS] == [6, 4]
-    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 2, 3, 0, 0]]
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 3]]
     assert packed.targets_T.tolist() == [8, 9, 1, 1, 10, 1, 12, 13, 14, 1]
-    assert packed.sequence_T.tolist() == [0] * 6 + [1] * 4
     # The first token of every response is predicted from the prompt's last token.
-    assert packed.position_T.tolist() == [2, 3, 4, 2, 2, 5, 0, 1, 2, 3]
-
-
-def test_a_response_sees_the_prompt_and_its_own_earlier_tokens_only():
-    mask = pack_groups(GROUPS).attention_mask[:, 0]
-    seen = [set(np.nonzero(row)[0].tolist()) for row in mask[0].numpy()]
-    assert seen == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 3, 4}, {0, 1, 2, 5}]
-    assert mask[1, :4, :4].tolist() == np.tril(np.ones((4, 4), dtype=bool)).tolist()
-    assert not mask[1, :4, 4:].any()
-    assert mask.any(dim=2).all(), "a token that sees nothing has no softmax"
+    assert packed.position_T.tolist() == [2, 3, 4, 2, 2, 5, 6, 7, 8, 9]
+    assert [(part.span, part.prompt, part.responses.rows, part.responses.longest) for part in packed.parts] == [
+        ((0, 6), 3, 2, 2), ((6, 10), 1, 1, 3),
+    ]  # fmt: skip
+    assert pack_groups([(np.array([3]), [np.array([1]), np.array([1])])]).parts[0].responses is None
 
 
 def test_packed_groups_predict_as_every_response_does_alone_without_padding(tiny):
@@ -41,7 +35,7 @@ def test_packed_groups_predict_as_every_response_does_alone_without_padding(tiny
     batch = tiny.random_rollouts(prompts, responses=3, seed=1)
     groups = [(prompts.tokens[g], [batch.responses[3 * g + i] for i in range(3)]) for g in range(3)]
     with torch.inference_mode():
-        together = Policy(tiny.model)(pack_groups(groups))
+        together = policy_of(tiny.model)(pack_groups(groups))
         alone = []
         for prompt, responses in groups:
             for response in responses:
@@ -60,10 +54,9 @@ def test_supervised_rows_lie_one_after_the_other_and_only_learnt_tokens_are_targ
     packed = pack_rows(rows)
     assert packed.input_ids.tolist() == [[4, 5, 6, 7, 3, 2, 1, 8, 9]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1]]
-    assert packed.sequence_T.tolist() == [0, 0, 0]
     assert packed.position_T.tolist() == [1, 2, 7]
     assert packed.targets_T.tolist() == [6, 7, 9]
-    assert [(bucket.span, bucket.rows, bucket.longest) for bucket in packed.rows] == [((0, 7), 2, 4), ((7, 9), 1, 2)]
+    assert [(bucket.span, bucket.rows, bucket.longest) for bucket in packed.parts] == [((0, 7), 2, 4), ((7, 9), 1, 2)]
 
 
 @settings(deadline=None)
@@ -81,21 +74,6 @@ def test_ranks_share_all_rows_within_the_budget(lengths, ranks, budget):
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 200))
-def test_micro_batches_hold_each_row_once_within_the_budget(lengths, budget):
-    parts = list(micro_batches(lengths, budget))
-    assert sorted(int(row) for part in parts for row in part) == list(range(len(lengths)))
-    for part in parts:
-        assert len(part)
-        assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= budget
-
-
-def test_similar_lengths_share_a_micro_batch():
-    parts = [sorted(part.tolist()) for part in micro_batches([3, 50, 2, 48, 3], 100)]
-    assert parts == [[1, 3], [0, 2, 4]]
-
-
 @pytest.mark.parametrize("budget", [1, 40, 4096])
 def test_the_budget_of_a_micro_batch_does_not_change_log_probabilities(tiny, budget):
     batch = tiny.random_rollouts(tiny.prompts(["direct", "reasoning"] * 2), responses=2, seed=2)
@@ -103,7 +81,7 @@ def test_the_budget_of_a_micro_batch_does_not_change_log_probabilities(tiny, bud
     allowed = allowed_in(batch, tiny.constraint).allowed
     values, whole = (
         response_log_probabilities(
-            Policy(tiny.model), batch, allowed, masks, temperature=1.0, micro_batch_tokens=tokens
+            policy_of(tiny.model), batch, allowed, masks, temperature=1.0, micro_batch_tokens=tokens
         )
         for tokens in (budget, 10**6)
     )

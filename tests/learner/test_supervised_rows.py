@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from learner.packing import pack_groups, pack_rows
+from learner.packed_attention import PACKED, row_buckets
+from learner.packing import pack_rows
 from learner.policy import Policy
-from learner.row_attention import PACKED_ROWS, row_buckets
 
 VOCABULARY = 50
 SHAPE = {
@@ -49,7 +49,7 @@ def loss_one_row_at_a_time(policy, rows):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_training_is_one_row_at_a_time_training(name, checkpointing):
     rows = rows_of([9, 30, 1, 9, 2, 25, 28, 3, 1])
-    reference, policy = policy_of(CONFIGS[name], "sdpa"), policy_of(CONFIGS[name], PACKED_ROWS)
+    reference, policy = policy_of(CONFIGS[name], "sdpa"), policy_of(CONFIGS[name], PACKED)
     expected = loss_one_row_at_a_time(reference, rows)
     expected.backward()
     if checkpointing:
@@ -65,7 +65,7 @@ def test_packed_training_is_one_row_at_a_time_training(name, checkpointing):
 
 def test_no_token_attends_to_another_row():
     """Other tokens in one row change the predictions and the gradient at the inputs of that row alone."""
-    policy = policy_of(CONFIGS["qwen3"], PACKED_ROWS)
+    policy = policy_of(CONFIGS["qwen3"], PACKED)
     rows = rows_of([12, 12, 11, 5, 4])
     changed = [row if number != 2 else (rows_of([11], seed=9)[0][0], row[1]) for number, row in enumerate(rows)]
 
@@ -73,7 +73,7 @@ def test_no_token_attends_to_another_row():
         batch = pack_rows(rows)
         embedded = policy.language_model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
         hidden = policy.language_model.base_model(
-            inputs_embeds=embedded, position_ids=batch.position_ids, use_cache=False, packed_rows=batch.rows
+            inputs_embeds=embedded, position_ids=batch.position_ids, use_cache=False, packed_parts=batch.parts
         ).last_hidden_state[0]
         hidden.square().sum().backward()
         return hidden.detach(), embedded.grad[0]
@@ -86,13 +86,11 @@ def test_no_token_attends_to_another_row():
 
 
 def test_what_does_not_go_together_is_refused():
-    rows, group = rows_of([4]), (np.array([1, 2]), [np.array([3, 4])])
-    with pytest.raises(ValueError, match="sdpa attention do not go together"):
+    rows = rows_of([4])
+    with pytest.raises(ValueError, match="this one has sdpa"):
         policy_of(CONFIGS["llama"], "sdpa")(pack_rows(rows))
-    with pytest.raises(ValueError, match="packed_rows attention do not go together"):
-        policy_of(CONFIGS["llama"], PACKED_ROWS)(pack_groups([group]))
     window = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=0)
     with pytest.raises(ValueError, match="one of 4"):
-        policy_of(window, PACKED_ROWS)(pack_rows(rows))
+        policy_of(window, PACKED)(pack_rows(rows))
     with pytest.raises(ValueError, match="falling length"):
         row_buckets([3, 4])

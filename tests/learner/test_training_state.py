@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from item_index.input_error import InputError
 from learner.low_rank import LowRankSettings, add_low_rank_weights, merged_language_model
+from learner.packed_attention import PACKED
 from learner.packing import pack_rows
 from learner.policy import Policy, load_language_model
-from learner.row_attention import PACKED_ROWS
 from learner.training_state import check_training_state, save_training_state
 
 SETTINGS = LowRankSettings(rank=2, alpha=4, dropout=0.0, modules=("q_proj", "down_proj"))
@@ -92,9 +92,7 @@ def test_low_rank_training_leaves_known_weights_and_merges_into_a_plain_checkpoi
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     before = load_language_model(tmp_path).state_dict()
-    policy = Policy(
-        add_low_rank_weights(load_language_model(tmp_path, attention=PACKED_ROWS), SETTINGS, known_tokens=25)
-    )
+    policy = Policy(add_low_rank_weights(load_language_model(tmp_path, attention=PACKED), SETTINGS, known_tokens=25))
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     assert sum(weight.numel() for weight in trained) < sum(weight.numel() for weight in policy.parameters()) / 4
     exempt = [weight for weight in trained if getattr(weight, "exempt_from_decay", False)]
@@ -128,7 +126,7 @@ def test_low_rank_training_leaves_known_weights_and_merges_into_a_plain_checkpoi
     assert changed == lows | {"model.embed_tokens.weight", "lm_head.weight"}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(before[name][:25], after[name][:25]), "rows of known tokens keep their values"
-    merged.set_attn_implementation(PACKED_ROWS)
+    merged.set_attn_implementation(PACKED)
     with torch.inference_mode():
         torch.testing.assert_close(Policy(merged)(batch), policy(batch), rtol=0, atol=1e-5)
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
