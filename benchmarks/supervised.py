@@ -13,54 +13,23 @@ this machine's measured matrix product.
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from benchmarks.child_process import Outcome, run_child
-from benchmarks.machine import ReportRow, write_report
+from benchmarks.machine import ReportRow, matrix_operations_per_second, write_report
+from benchmarks.random_model import write_random_model
 from benchmarks.supervised_subjects import SUBJECTS, Task, command
 from cluster.progress import console
-from learner.policy import build_language_model
 
 UNITS = {
     "tokens per second": "tokens/s", "slowest step": "tokens/s", "fastest step": "tokens/s", "steps": "steps",
     "tokens": "tokens", "loss": "nats",
 }  # fmt: skip
 LAYERS = {128: 2, 256: 4, 512: 8}
-
-
-def write_model(folder: Path, hidden: int, vocabulary: int) -> int:
-    """A Llama with a tokenizer of so many words; returns the weights that are not embeddings."""
-    words = {f"w{number}": number for number in range(vocabulary)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")), pad_token="w0", eos_token="w1"
-    )
-    model = build_language_model(
-        tokenizer, hidden_size=hidden, layers=LAYERS[hidden], intermediate_size=2 * hidden, seed=0
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return sum(
-        weight.numel() for name, weight in model.named_parameters() if "embed" not in name and "head" not in name
-    )
-
-
-def matrix_operations_per_second() -> float:
-    """Of a float32 product of two matrices of 2,048 x 2,048, the best of ten."""
-    one, other = torch.randn(2, 2048, 2048)
-    best = float("inf")
-    for _ in range(10):
-        started = time.perf_counter()
-        one @ other
-        best = min(best, time.perf_counter() - started)
-    return 2 * 2048**3 / best
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -80,7 +49,11 @@ def benchmark(
     peak = matrix_operations_per_second()
     for width in hidden:
         with tempfile.TemporaryDirectory() as folder:
-            weights = write_model(Path(folder), width, vocabulary)
+            weights = write_random_model(
+                Path(folder), vocabulary, hidden_size=width, num_hidden_layers=LAYERS[width],
+                intermediate_size=2 * width, num_attention_heads=width // 32, num_key_value_heads=width // 32,
+                tie_word_embeddings=False,
+            )  # fmt: skip
             case = f"hidden {width}, {LAYERS[width]} layers, vocabulary {vocabulary}, {rows} rows a step"
             outcomes = [
                 run_child(

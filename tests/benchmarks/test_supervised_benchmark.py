@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from benchmarks.supervised import UNITS, write_model
+from benchmarks.random_model import write_random_model
+from benchmarks.supervised import UNITS
 from benchmarks.supervised_subjects import SUBJECTS, WARM_UP_STEPS, Task, command, supervised_rows
 
 TASK = Task("ours", "", vocabulary=100, steps=2, rows_per_step=6)
@@ -24,7 +25,10 @@ def test_rows_are_the_same_for_every_subject_and_learn_their_response_alone():
 
 @pytest.mark.engines
 def test_ours_counts_the_tokens_of_its_steps(tmp_path):
-    write_model(tmp_path, 128, TASK.vocabulary)
+    write_random_model(
+        tmp_path, TASK.vocabulary, hidden_size=128, num_hidden_layers=2, intermediate_size=256, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
     done = subprocess.run(
         command(Task(**{**vars(TASK), "model": str(tmp_path)})), capture_output=True, text=True, timeout=280, check=True
     )
