@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,23 +24,37 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class LearnerRank:
-    """One rank of the learner. `engine` holds the arguments of `LearnerEngine`; `version` counts the updates."""
+    """One rank of the learner.
 
-    def __init__(self, model_folder: str, *, engine: dict[str, Any], seed: int, threads: int, version: int = 0) -> None:
+    Args:
+        engine: arguments of `LearnerEngine`.
+        rank, ranks: of all that train together; each of them is such an actor.
+        meeting_place: address and port at which rank 0 listens, see `meeting_place`; None for a rank alone.
+        version: counts the updates.
+    """
+
+    def __init__(
+        self, model_folder: str, *, engine: dict[str, Any], seed: int, threads: int, rank: int = 0, ranks: int = 1,
+        meeting_place: tuple[str, int] | None = None, version: int = 0,
+    ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         torch.set_num_threads(threads)
-        initialize_process_group(port=_free_port())
+        address, port = meeting_place or ("127.0.0.1", _free_port())
+        initialize_process_group(rank=rank, world_size=ranks, address=address, port=port)
         self.model_folder = model_folder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
         self.engine = LearnerEngine(Policy(load_language_model(model_folder, attention=PACKED)), **engine)
         self.group_policy: GroupPolicyLearner | None = None
+        self.index_version = ""
         self.version = version
 
     def prepare_srpo(self, index_folder: str, objective: dict[str, Any], **settings: Any) -> None:
         """Freeze a copy of the starting checkpoint as the reference and bind the constraint."""
         reference = load_language_model(self.model_folder, attention=PACKED)
         rows = reference.get_output_embeddings().weight.shape[0]
-        constraint = AnswerConstraint.of(SemanticIdIndex.load(index_folder), self.tokenizer, vocabulary_size=rows)
+        index = SemanticIdIndex.load(index_folder)
+        constraint = AnswerConstraint.of(index, self.tokenizer, vocabulary_size=rows)
+        self.index_version = index.version
         self.group_policy = GroupPolicyLearner(
             self.engine, Policy(reference), constraint, ObjectiveSettings(**objective), **settings
         )
@@ -47,10 +62,18 @@ class LearnerRank:
     def update(
         self, members: Sequence[tuple[int, int]], advantages_GN: np.ndarray, *batches: RolloutBatch
     ) -> dict[str, float]:
-        """One SRPO update on the groups `members`, (batch, place in it) each; the version counts up."""
+        """One SRPO update on the groups `members`, (batch, place in it) each; the version counts up.
+
+        Every rank is called with the same arguments. Raises ValueError for rollouts under another index version.
+        """
         assert self.group_policy is not None, "call prepare_srpo first"
         parts, advantages = [], []
         for number, batch in enumerate(batches):
+            if batch.index_version != self.index_version:
+                raise ValueError(
+                    f"batch {number} was sampled under index version {batch.index_version}, and the learner has "
+                    f"{self.index_version}: their allowed sets differ"
+                )
             rows = [row for row, (of_batch, _) in enumerate(members) if of_batch == number]
             parts.append(batch.select(np.array([members[row][1] for row in rows])))
             advantages.append(advantages_GN[rows])
@@ -62,20 +85,23 @@ class LearnerRank:
         }
 
     def exported_weights(self) -> tuple[np.ndarray, int]:
-        """Safetensors buffer (uint8) and its version."""
+        """Safetensors buffer (uint8) and its version; every rank is called, and rank 0 has the buffer."""
         return self.engine.exported_weights(), self.version
 
     def save(self, folder: str) -> str:
-        """Write a checkpoint that transformers and vLLM load as it is."""
+        """Write a checkpoint that transformers and vLLM load as it is; every rank is called, and rank 0 writes."""
         self.engine.save(folder, self.tokenizer)
         return folder
 
 
-def _free_port() -> int:
-    import socket
+def meeting_place() -> tuple[str, int]:
+    """An address of the node that this runs on, and a port that is free there: where rank 0 will listen."""
+    return ray.util.get_node_ip_address(), _free_port()
 
+
+def _free_port() -> int:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind(("", 0))
         return int(listener.getsockname()[1])
 
 

@@ -70,7 +70,7 @@ def run_evaluate(
                 results[f"direct_{stage}"] = direct_result(settings, direct, ranker, len(corpus.index), bar)
             if "reasoning" in evaluation.modes:
                 if rollout is None:
-                    rollout = RolloutActor.options(**in_bundle(group, 1, cluster, ROLLOUT_ENVIRONMENT)).remote(
+                    rollout = RolloutActor.options(**in_bundle(group, 0, cluster, ROLLOUT_ENVIRONMENT)).remote(
                         model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib,
                         sequences=cluster.rollout_sequences, threads=cluster.threads, seed=settings.seed,
                     )  # fmt: skip

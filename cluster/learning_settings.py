@@ -156,9 +156,25 @@ class TrainSettings(Section):
     warm_up_steps: int = Field(10, ge=0, description="Optimizer steps with a growing learning rate.")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
     gradient_clip: float = Field(1.0, gt=0, description="Clip of the global gradient norm.")
-    micro_batch_tokens: int = Field(8192, ge=1, description="Packed tokens of one forward pass at most.")
+    micro_batch_tokens: int = Field(8192, ge=1, description="Packed tokens of one forward pass of a rank at most.")
+    epochs: int = Field(1, ge=1, description="How often a step goes through its mini-batches.")
+    ranks: int = Field(1, ge=1, description="DeepSpeed ranks, each with cluster.learner_cpus and gpus_per_engine.")
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed's ZeRO stage.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the learner's weights and activations; with bfloat16 it keeps float32 masters."
+    )
+    maximum_skipped_steps: int = Field(
+        3,
+        ge=0,
+        description="Skipped steps in a row (loss or gradient not finite) before the stage ends.",
+    )
     generation_rounds: int = Field(4, ge=1, description="Rounds of generation that may fill one step's batch.")
     maximum_staleness: int = Field(1, ge=0, description="Steps for which surplus groups may be kept.")
     probe_prompts: int = Field(256, ge=0, description="Fixed validation prompts scored before and after training.")
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="The token-level objective.")
+
+    @model_validator(mode="after")
+    def _zero_keeps_masters(self) -> TrainSettings:
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError("train.dtype bfloat16 needs train.zero_stage 1, 2 or 3")
+        return self

@@ -54,14 +54,13 @@ def require_resources(bundles: Sequence[dict[str, float]]) -> None:
 
 
 @contextmanager
-def engines_placed(settings: ClusterSettings, *, learner: bool = True) -> Iterator[PlacementGroup]:
-    """A placement group with bundle 0 for the learner and bundle 1 for the rollout engine; without learner, its only
-    bundle is for an engine.
+def engines_placed(settings: ClusterSettings, *, learner_ranks: int = 0) -> Iterator[PlacementGroup]:
+    """A placement group with bundle 0 for an engine and the next ones for the learner's ranks.
 
     Raises RuntimeError that says what was asked and what the cluster has when it is not ready by the deadline.
     """
     gpu = {"GPU": settings.gpus_per_engine} if settings.gpus_per_engine else {}
-    cpus = (settings.learner_cpus, settings.rollout_cpus) if learner else (settings.rollout_cpus,)
+    cpus = [settings.rollout_cpus, *[settings.learner_cpus] * learner_ranks]
     bundles = [{"CPU": count, **gpu} for count in cpus]
     require_resources(bundles)
     group = placement_group(bundles, strategy="PACK")

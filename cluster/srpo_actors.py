@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from actors.learner import ENVIRONMENT as LEARNER_ENVIRONMENT
-from actors.learner import LearnerActor
+from actors.learner import LearnerActor, meeting_place
 from actors.reward import RewardActor
 from actors.rollout import ENVIRONMENT as ROLLOUT_ENVIRONMENT
 from actors.rollout import RolloutActor
@@ -22,9 +23,9 @@ from learner.rollouts import RolloutPrompts
 
 @dataclass(frozen=True)
 class SrpoActors:
-    """The three actors of the loop and the deadline of their calls."""
+    """The actors of the loop and the deadline of their calls; `learner` are its ranks, rank 0 first."""
 
-    learner: Any
+    learner: list[Any]
     rollout: Any
     reward: Any
     seconds: float
@@ -37,9 +38,24 @@ class SrpoActors:
 
     def transfer_weights(self) -> int:
         """Learner -> object store -> rollout engine; returns the version that samples from now on."""
-        exported = self.learner.exported_weights.options(num_returns=2).remote()
-        version = await_result(self.rollout.update_weights.remote(*exported), "the weight transfer", self.seconds)
+        exported = [rank.exported_weights.options(num_returns=2).remote() for rank in self.learner]
+        version = await_result(self.rollout.update_weights.remote(*exported[0]), "the weight transfer", self.seconds)
         return int(version)
+
+    def update(self, members: list[tuple[int, int]], advantages_GN: np.ndarray, batches: list[ray.ObjectRef]) -> dict:
+        """One update of the policy by all ranks; returns its metrics."""
+        calls = [rank.update.remote(members, advantages_GN, *batches) for rank in self.learner]
+        metrics = {
+            rank: await_result(call, f"the update of learner rank {rank}", self.seconds)
+            for rank, call in enumerate(calls)
+        }
+        return metrics[0]
+
+    def save(self, folder: Path) -> None:
+        """Write the policy as a checkpoint."""
+        calls = [rank.save.remote(str(folder.resolve())) for rank in self.learner]
+        for call in calls:
+            await_result(call, "saving the checkpoint", self.seconds)
 
 
 @contextmanager
@@ -47,26 +63,39 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
     """Learner, rollout engine and reward worker on the checkpoint, placed and ready."""
     train, cluster = settings.train, settings.cluster
     index, model = str(index_folder.resolve()), str(checkpoint.resolve())
-    with engines_placed(cluster) as group:
-        learner = LearnerActor.options(**in_bundle(group, 0, cluster, LEARNER_ENVIRONMENT)).remote(
-            model,
-            engine={
-                "learning_rate": train.learning_rate, "weight_decay": train.weight_decay,
-                "warm_up_steps": train.warm_up_steps, "total_steps": train.steps, "schedule": "constant",
-                "gradient_clip": train.gradient_clip, "zero_stage": train.zero_stage,
-            },
-            seed=settings.seed, threads=cluster.threads,
-        )  # fmt: skip
-        rollout = RolloutActor.options(**in_bundle(group, 1, cluster, ROLLOUT_ENVIRONMENT)).remote(
+    with engines_placed(cluster, learner_ranks=train.ranks) as group:
+        places = [in_bundle(group, 1 + rank, cluster, LEARNER_ENVIRONMENT) for rank in range(train.ranks)]
+        meeting = None
+        if train.ranks > 1:
+            found = ray.remote(meeting_place).options(**{**places[0], "num_cpus": 0, "num_gpus": 0}).remote()
+            meeting = await_result(found, "the address of learner rank 0", cluster.start_seconds)
+        learner = [
+            LearnerActor.options(**place).remote(
+                model,
+                engine={
+                    "learning_rate": train.learning_rate, "weight_decay": train.weight_decay,
+                    "warm_up_steps": train.warm_up_steps, "total_steps": train.steps, "schedule": "constant",
+                    "gradient_clip": train.gradient_clip, "zero_stage": train.zero_stage, "dtype": train.dtype,
+                    "maximum_skipped_steps": train.maximum_skipped_steps,
+                },
+                seed=settings.seed, threads=cluster.threads, rank=rank, ranks=train.ranks, meeting_place=meeting,
+            )
+            for rank, place in enumerate(places)
+        ]  # fmt: skip
+        rollout = RolloutActor.options(**in_bundle(group, 0, cluster, ROLLOUT_ENVIRONMENT)).remote(
             model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib, sequences=cluster.rollout_sequences,
             threads=cluster.threads, seed=settings.seed,
         )  # fmt: skip
         reward = RewardActor.options(num_cpus=0).remote(index, model, minimum_think_tokens=train.minimum_think_tokens)
-        prepared = learner.prepare_srpo.remote(
-            index, train.objective.model_dump(), temperature=train.temperature,
-            mini_batch_prompts=train.mini_batch_prompts, micro_batch_tokens=train.micro_batch_tokens,
-            seed=settings.seed,
-        )  # fmt: skip
-        await_result(prepared, "the learner's start", cluster.start_seconds)
+        prepared = [
+            rank.prepare_srpo.remote(
+                index, train.objective.model_dump(), temperature=train.temperature,
+                mini_batch_prompts=train.mini_batch_prompts, micro_batch_tokens=train.micro_batch_tokens,
+                epochs=train.epochs, seed=settings.seed,
+            )
+            for rank in learner
+        ]  # fmt: skip
+        for rank, call in enumerate(prepared):
+            await_result(call, f"the start of learner rank {rank}", cluster.start_seconds)
         await_result(rollout.weight_version.remote(), "the rollout engine's start", cluster.start_seconds)
         yield SrpoActors(learner, rollout, reward, cluster.call_seconds)

@@ -105,7 +105,7 @@ def _engine_asker(wanted: TeacherSettings, cluster: ClusterSettings) -> Asker:
         waiting = iter(questions)
         with (
             ray_session(cluster),
-            engines_placed(cluster, learner=False) as group,
+            engines_placed(cluster) as group,
             AnswerWriter(cache) as writer,
             progress_bar("teacher", count) as bar,
         ):

@@ -71,7 +71,7 @@ def run_train(
                 bar.advance(reward=metrics["reward"], direct=metrics.get("direct/reward", math.nan),
                             reasoning=metrics.get("reasoning/reward", math.nan))  # fmt: skip
         after = probe(settings, source, actors)
-        await_result(actors.learner.save.remote(str((folder / "checkpoint").resolve())), "saving the checkpoint", 300)
+        actors.save(folder / "checkpoint")
     report = compare_probes(before, after, seed=settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "probe.json").write_text(json.dumps(report, indent=2))
@@ -163,9 +163,7 @@ class SrpoLoop:
             batches = list({group.batch: None for group in chosen})
             number = {batch: place for place, batch in enumerate(batches)}
             members = [(number[group.batch], group.place) for group in chosen]
-            learnt = await_result(
-                actors.learner.update.remote(members, advantages_GN.numpy(), *batches), "the update", actors.seconds
-            )
+            learnt = actors.update(members, advantages_GN.numpy(), batches)
         with timers("weights"):
             self.version = actors.transfer_weights()
         total = time.perf_counter() - started

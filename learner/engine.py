@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,32 @@ def initialize_process_group(*, rank: int = 0, world_size: int = 1, address: str
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that leaves weights and moments alone, on all ranks, where a gradient is not finite on any of them.
+
+    DeepSpeed clips before it calls this: a norm that is not finite has made gradients not finite on some rank. Without
+    ZeRO it does not say what the norm was, so there the clipping is left to `clip`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, clip: float | None, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.clip, self.norm, self.skipped = clip, float("nan"), False
+
+    def step(self, closure: Any = None) -> Any:
+        """One step, or none; `skipped` says which."""
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all() if gradients else None
+        self.skipped = finite is not None and not bool(finite)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            worst = torch.tensor(float(self.skipped), device=weights[0].device)
+            torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
+            self.skipped = bool(worst)
+        if self.clip is not None:
+            self.norm = float(torch.nn.utils.clip_grad_norm_(weights, self.clip))
+        return None if self.skipped else super().step(closure)
+
+
 class LearnerEngine:
     """Owns the policy's optimizer state.
 
@@ -47,6 +73,7 @@ class LearnerEngine:
         weight_decay, gradient_clip: AdamW's decay; clip of the global gradient norm.
         zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
         dtype: of weights and activations; the optimizer keeps float32 masters of bfloat16 weights (ZeRO 1 to 3).
+        maximum_skipped_steps: steps in a row without a finite gradient after which `step` raises.
     """
 
     def __init__(
@@ -61,6 +88,7 @@ class LearnerEngine:
         gradient_clip: float,
         zero_stage: int,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        maximum_skipped_steps: int = 3,
     ) -> None:
         if dtype == "bfloat16":
             policy = policy.to(torch.bfloat16)
@@ -71,12 +99,15 @@ class LearnerEngine:
         if exempt:
             groups.append({"params": exempt, "weight_decay": 0.0})
         # torch's AdamW instead of DeepSpeed's fused ones, which compile for a minute at their first use.
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+        self.optimizer = optimizer = GuardedAdamW(
+            groups, clip=None if zero_stage else gradient_clip, lr=learning_rate, betas=(0.9, 0.95)
+        )
         scheduler = (
             get_cosine_schedule_with_warmup(optimizer, warm_up_steps, max(total_steps, 1))
             if schedule == "cosine"
             else get_constant_schedule_with_warmup(optimizer, warm_up_steps)
         )
+        self.maximum_skipped_steps, self.skipped_in_a_row, self.skipped = maximum_skipped_steps, 0, False
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=optimizer,
@@ -84,7 +115,7 @@ class LearnerEngine:
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": gradient_clip,
+                "gradient_clipping": gradient_clip if zero_stage else 0.0,
                 "zero_optimization": {"stage": zero_stage},
                 "zero_allow_untested_optimizer": True,
                 "bf16": {"enabled": dtype == "bfloat16"},
@@ -100,16 +131,22 @@ class LearnerEngine:
     def step(self, losses: Iterable[torch.Tensor], count: int) -> float:
         """One optimizer step on the sum of `count` micro-batch losses, each computed when it is asked for.
 
-        Returns the gradient norm before clipping. Raises FloatingPointError for a loss that is not finite.
+        Returns the gradient norm before clipping. A step whose loss or gradient is not finite changes nothing;
+        FloatingPointError after too many of them in a row.
         """
         for number, loss in enumerate(losses, start=1):
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss of micro-batch {number} of {count} is {loss.item()}")
             self.engine.set_gradient_accumulation_boundary(number == count)
             self.engine.backward(loss)
             self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        # Some of DeepSpeed's stages look for themselves, and then do not call the optimizer.
+        self.skipped = self.optimizer.skipped or not self.engine.was_step_applied()
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.skipped else 0
+        if self.skipped_in_a_row > self.maximum_skipped_steps:
+            raise FloatingPointError(
+                f"{self.skipped_in_a_row} optimizer steps in a row had a loss or a gradient that is not finite; the "
+                "weights are those before them. Look at the rewards and lower the learning rate"
+            )
+        return self.optimizer.norm if self.optimizer.clip is not None else float(self.engine.get_global_grad_norm())
 
     @property
     def learning_rate(self) -> float:
@@ -127,13 +164,20 @@ class LearnerEngine:
     def rank(self) -> int:
         return torch.distributed.get_rank()
 
-    def total(self, number: float) -> float:
-        """Sum over all ranks, which all have to call this."""
+    def totals(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over all ranks, which all have to call this."""
+        return self._reduced(numbers, torch.distributed.ReduceOp.SUM)
+
+    def maxima(self, numbers: Sequence[float]) -> list[float]:
+        """Largest over all ranks, which all have to call this."""
+        return self._reduced(numbers, torch.distributed.ReduceOp.MAX)
+
+    def _reduced(self, numbers: Sequence[float], operation: Any) -> list[float]:
         if self.ranks == 1:
-            return number
-        total = torch.tensor(number, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
-        return float(total)
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(values, op=operation)
+        return values.tolist()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The language model's weights on the CPU, a tied head left out.
@@ -157,8 +201,10 @@ class LearnerEngine:
         }
 
     def exported_weights(self) -> np.ndarray:
-        """uint8: the weights as one safetensors buffer, which the object store hands over uncopied."""
-        return np.frombuffer(safetensors.torch.save(self.weights()), dtype=np.uint8)
+        """uint8: the weights as one safetensors buffer, which the object store hands over uncopied; on rank 0 alone,
+        though every rank calls this."""
+        weights = self.weights()
+        return np.frombuffer(safetensors.torch.save(weights) if self.rank == 0 else b"", dtype=np.uint8)
 
     def save(self, folder: str | Path, tokenizer: Any) -> None:
         """Write a checkpoint that transformers and vLLM load as it is; every rank calls this, rank 0 writes."""

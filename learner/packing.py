@@ -16,6 +16,9 @@ import torch
 
 from learner.packed_attention import PackedGroup, PackedPart, RowBucket, row_buckets
 
+# Two tokens, of which one is predicted: for ranks that have nothing of their own in a micro-batch.
+PLACEHOLDER = (np.zeros(2, dtype=np.int32), np.array([False, True]))
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -50,15 +53,21 @@ def packed_length(prompt: np.ndarray, responses: Sequence[np.ndarray]) -> int:
 
 
 def pack_groups(groups: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]]) -> PackedBatch:
-    """Pack groups (prompt, responses) of any sizes; targets are in the order of groups, responses, tokens."""
+    """Pack groups (prompt, responses) of any sizes; targets are in the order of groups, responses, tokens.
+
+    Raises ValueError that names the group and the response where one is empty.
+    """
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     predicted_at: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     parts: list[PackedGroup] = []
     start = 0
-    for prompt, responses in groups:
+    for number, (prompt, responses) in enumerate(groups):
         kept = np.array([len(response) - 1 for response in responses], dtype=np.int64)
+        if len(prompt) == 0 or (kept < 0).any():
+            what = "the prompt" if len(prompt) == 0 else f"response {int(np.argmax(kept < 0))}"
+            raise ValueError(f"group {number}: {what} is empty")
         ends = start + len(prompt) + np.cumsum(kept)
         tokens += [prompt, *(response[:-1] for response in responses)]
         positions += [np.arange(len(prompt)), *(len(prompt) + np.arange(length) for length in kept)]

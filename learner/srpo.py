@@ -1,18 +1,25 @@
-"""Sparse-Regularized Group Policy Optimization: one step's update from a batch of scored rollouts (section 3)."""
+"""Sparse-Regularized Group Policy Optimization: one step's update from a batch of scored rollouts (section 3).
+
+Every rank holds the whole batch and works on its share: the groups of a mini-batch are spread over ranks and
+micro-batches so that all have about the same number of tokens. Token weights are made for the mini-batch as a whole,
+so the gradients of all shares add up to that of the mini-batch, however it was spread.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from item_index.constraint import AllowedTokens, AnswerConstraint
+from learner.diagnostics import Diagnostics
 from learner.engine import LearnerEngine
 from learner.objective import ObjectiveSettings, token_losses, token_weights
-from learner.packing import balanced_micro_batches, pack_groups, packed_length
+from learner.packing import PLACEHOLDER, PackedBatch, balanced_micro_batches, pack_groups, pack_rows, packed_length
 from learner.policy import Policy
 from learner.rollouts import RolloutBatch
 
@@ -37,143 +44,170 @@ def allowed_in(batch: RolloutBatch, constraint: AnswerConstraint) -> AllowedResp
     return AllowedResponses(constraint.scan(batch.responses, states), states.forced)
 
 
-def response_log_probabilities(
-    policy: torch.nn.Module,
-    batch: RolloutBatch,
-    allowed: AllowedTokens,
-    free_text_masks: torch.Tensor,
-    *,
-    temperature: float,
-    micro_batch_tokens: int,
-) -> torch.Tensor:
-    """float32 [tokens], beside `batch.responses.values`; no gradient."""
-    result = torch.zeros(len(batch.responses.values))
-    policy.eval()
-    with torch.inference_mode():
-        for groups in _micro_batches(batch, micro_batch_tokens):
-            packed, tokens = _pack(batch, groups)
-            result[tokens] = policy(packed, allowed.select(tokens), free_text_masks, temperature)
-    return result.clone()
+@dataclass
+class MicroBatch:
+    """Groups of one forward pass. Axis T: their response tokens, which stand at `at_T` in `batch.responses.values`.
+
+    `reference_T` and `old_T` are log-probabilities; None until they are computed, and `old_T` also where the policy is
+    still the one that the step began with, so that the current values, detached, are the old ones.
+    """
+
+    packed: PackedBatch
+    at_T: np.ndarray
+    allowed: AllowedTokens
+    reference_T: Tensor | None = None
+    old_T: Tensor | None = None
 
 
-def _micro_batches(batch: RolloutBatch, token_budget: int) -> list[np.ndarray]:
-    """Groups by micro-batch, which hold about the same number of packed tokens."""
-    n = batch.group_size
-    lengths = [
-        packed_length(batch.prompts.tokens[g], [batch.responses[g * n + i] for i in range(n)])
-        for g in range(len(batch))
-    ]
-    plan = balanced_micro_batches(lengths, ranks=1, token_budget=token_budget)[0]
-    return [groups for groups in plan if len(groups)]
-
-
-def _pack(batch: RolloutBatch, groups: np.ndarray):
-    """The packed groups and the places of their tokens in `batch.responses.values`, in the same order."""
-    n = batch.group_size
+def micro_batch(batch: RolloutBatch, groups: np.ndarray, allowed: AllowedTokens) -> MicroBatch:
+    """Some groups of a batch; `allowed` are the allowed sets of all tokens of the batch."""
+    n, offsets = batch.group_size, batch.responses.offsets
     packed = pack_groups(
         [(batch.prompts.tokens[int(g)], [batch.responses[int(g) * n + i] for i in range(n)]) for g in groups]
     )
-    offsets = batch.responses.offsets
-    return packed, np.concatenate([np.arange(offsets[g * n], offsets[(g + 1) * n]) for g in groups])
+    at_T = np.concatenate([np.arange(offsets[g * n], offsets[(g + 1) * n]) for g in groups])
+    return MicroBatch(packed, at_T, allowed.select(at_T))
+
+
+def shares(batch: RolloutBatch, groups: np.ndarray, *, ranks: int, token_budget: int) -> list[list[np.ndarray]]:
+    """Groups by rank and micro-batch; every rank has the same number of micro-batches, some of which may be empty."""
+    n = batch.group_size
+    lengths = [
+        packed_length(batch.prompts.tokens[int(g)], [batch.responses[int(g) * n + i] for i in range(n)]) for g in groups
+    ]
+    plan = balanced_micro_batches(lengths, ranks=ranks, token_budget=token_budget)
+    return [[groups[places] for places in of_rank] for of_rank in plan]
+
+
+def response_log_probabilities(
+    policy: torch.nn.Module, batch: RolloutBatch, allowed: AllowedTokens, free_text_masks: Tensor, *,
+    temperature: float, micro_batch_tokens: int,
+) -> Tensor:  # fmt: skip
+    """float32 [tokens], beside `batch.responses.values`; no gradient."""
+    result = torch.zeros(len(batch.responses.values))
+    policy.eval()
+    with torch.no_grad():  # not inference mode: ZeRO 3 keeps parameters that it gathers
+        for groups in shares(batch, np.arange(len(batch)), ranks=1, token_budget=micro_batch_tokens)[0]:
+            if len(groups):
+                part = micro_batch(batch, groups, allowed)
+                result[part.at_T] = policy(part.packed, part.allowed, free_text_masks, temperature)
+    return result
 
 
 class GroupPolicyLearner:
-    """The policy under training, its frozen reference, and the constraint under which both are read."""
+    """The policy under training, its frozen reference, and the constraint under which both are read.
+
+    Args:
+        mini_batch_prompts: groups of one optimizer step, of all ranks together.
+        micro_batch_tokens: packed tokens of one forward pass of a rank at most; a longer group goes alone.
+        epochs: how often a step goes through its mini-batches, each time in a new order.
+    """
 
     def __init__(
-        self,
-        engine: LearnerEngine,
-        reference: Policy,
-        constraint: AnswerConstraint,
-        objective: ObjectiveSettings,
-        *,
-        temperature: float,
-        mini_batch_prompts: int,
-        micro_batch_tokens: int,
-        seed: int,
-    ) -> None:
+        self, engine: LearnerEngine, reference: Policy, constraint: AnswerConstraint, objective: ObjectiveSettings, *,
+        temperature: float, mini_batch_prompts: int, micro_batch_tokens: int, seed: int, epochs: int = 1,
+    ) -> None:  # fmt: skip
         self.engine = engine
-        self.reference = reference.requires_grad_(False)
+        self.reference = reference.requires_grad_(False).to(engine.device).eval()
         self.constraint = constraint
         self.objective = objective
         self.temperature = temperature
         self.mini_batch_prompts = mini_batch_prompts
         self.micro_batch_tokens = micro_batch_tokens
+        self.epochs = epochs
         self.generator = np.random.default_rng(seed)
-        self.free_text_masks = torch.from_numpy(constraint.free_text_masks)
-
-    def log_probabilities(self, policy: torch.nn.Module, batch: RolloutBatch, allowed: AllowedTokens) -> torch.Tensor:
-        """See `response_log_probabilities`."""
-        return response_log_probabilities(
-            policy, batch, allowed, self.free_text_masks,
-            temperature=self.temperature, micro_batch_tokens=self.micro_batch_tokens,
-        )  # fmt: skip
+        self.free_text_masks = torch.from_numpy(constraint.free_text_masks).to(engine.device)
 
     def update(self, batch: RolloutBatch, advantages_R: np.ndarray) -> dict[str, float]:
-        """Every mini-batch of the step once; returns token means of the diagnostics over positions with a choice."""
+        """All mini-batches of the step, `epochs` times; every rank calls this with the same batch.
+
+        Returns means over the optimizer steps of the token means of the diagnostics, over positions with a choice.
+        """
+        started = time.perf_counter()
         allowed = allowed_in(batch, self.constraint).allowed
-        reference_T = self.log_probabilities(self.reference, batch, allowed)
         order = self.generator.permutation(len(batch))
         mini_batches = [order[i : i + self.mini_batch_prompts] for i in range(0, len(order), self.mini_batch_prompts)]
-        # On policy with one mini-batch the old values are the current ones, detached: no pass of their own.
-        old_T = self.log_probabilities(self.engine.policy, batch, allowed) if len(mini_batches) > 1 else None
+        parts_of = [self._own_parts(batch, groups, allowed) for groups in mini_batches]
+        on_policy = len(mini_batches) == self.epochs == 1
+        with torch.no_grad():  # not inference mode: ZeRO 3 keeps parameters that it gathers
+            for part in (part for parts in parts_of for part in parts if part is not None):
+                part.reference_T = self._log_probabilities(self.reference, part)
+                if not on_policy:
+                    self.engine.engine.eval()
+                    part.old_T = self._log_probabilities(self.engine.policy, part)
+        prepared = time.perf_counter()
 
-        metrics: dict[str, list[float]] = defaultdict(list)
-        for groups in mini_batches:
-            for name, value in self._mini_batch(batch.select(groups), groups, batch, advantages_R, allowed,
-                                                reference_T, old_T).items():  # fmt: skip
-                metrics[name].append(value)
-        return {name: float(np.mean(values)) for name, values in metrics.items()}
-
-    def _mini_batch(
-        self,
-        mini: RolloutBatch,
-        groups: np.ndarray,
-        batch: RolloutBatch,
-        advantages_R: np.ndarray,
-        allowed: AllowedTokens,
-        reference_T: torch.Tensor,
-        old_T: torch.Tensor | None,
-    ) -> dict[str, float]:
-        n = batch.group_size
-        offsets = batch.responses.offsets
-        tokens_of_mini = np.concatenate([np.arange(offsets[g * n], offsets[(g + 1) * n]) for g in groups])
-        mini_allowed = allowed.select(tokens_of_mini)
-        responses_of_mini = (groups[:, None] * n + np.arange(n)).reshape(-1)
-        lengths = mini.responses.lengths
-        advantage_T = torch.from_numpy(np.repeat(advantages_R[responses_of_mini], lengths)).float()
-        mode_T = torch.from_numpy(np.repeat(np.repeat(mini.prompts.reasoning, n), lengths).astype(np.int64))
-        has_choice_T = torch.from_numpy(mini_allowed.has_choice)
-        reasoning_share = float(mini.prompts.reasoning.mean())
-        weights_T = token_weights(
-            mode_T, has_choice_T, (1 - reasoning_share, reasoning_share), self.objective.token_mean
+        steps = []
+        for _epoch in range(self.epochs):
+            for number in self.generator.permutation(len(mini_batches)):
+                steps.append(self._step(batch, mini_batches[number], parts_of[number], allowed, advantages_R))
+        ended = time.perf_counter()
+        tokens = self.epochs * sum(
+            int(part.packed.input_ids.numel()) for parts in parts_of for part in parts if part is not None
         )
-        sampler_T = torch.from_numpy(np.array(mini.log_probabilities.values))
-        plan = _micro_batches(mini, self.micro_batch_tokens)
-        sums: dict[str, float] = defaultdict(float)
+        metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+        return {
+            **metrics,
+            "skipped_steps": float(sum(step["skipped"] for step in steps)),
+            "tokens_per_second": self.engine.totals([float(tokens)])[0] / (ended - prepared),
+            "seconds/old_and_reference": prepared - started,
+            "seconds/steps": ended - prepared,
+        }
+
+    def _own_parts(self, batch: RolloutBatch, groups: np.ndarray, allowed: AllowedTokens) -> list[MicroBatch | None]:
+        """This rank's micro-batches of a mini-batch; None for an empty one."""
+        plan = shares(batch, groups, ranks=self.engine.ranks, token_budget=self.micro_batch_tokens)[self.engine.rank]
+        parts = [micro_batch(batch, own, allowed) if len(own) else None for own in plan]
+        for part in parts:
+            if part is not None:
+                part.packed = part.packed.to(self.engine.device)
+        return parts
+
+    def _log_probabilities(self, policy: torch.nn.Module, part: MicroBatch) -> Tensor:
+        """float32 [T] under a policy."""
+        return policy(part.packed, part.allowed, self.free_text_masks, self.temperature)
+
+    def _step(
+        self, batch: RolloutBatch, groups: np.ndarray, parts: list[MicroBatch | None], allowed: AllowedTokens,
+        advantages_R: np.ndarray,
+    ) -> dict[str, float]:  # fmt: skip
+        """One optimizer step on a mini-batch; returns its diagnostics."""
+        n, lengths_R, device = batch.group_size, batch.responses.lengths, self.engine.device
+        in_mini = np.zeros(len(batch), dtype=bool)
+        in_mini[groups] = True
+        in_mini_tokens = np.repeat(np.repeat(in_mini, n), lengths_R)
+        mode_tokens = np.repeat(np.repeat(batch.prompts.reasoning, n), lengths_R).astype(np.int64)
+        reasoning_share = float(batch.prompts.reasoning[groups].mean())
+        weights = torch.zeros(len(in_mini_tokens))
+        weights[torch.from_numpy(in_mini_tokens)] = token_weights(
+            torch.from_numpy(mode_tokens[in_mini_tokens]), torch.from_numpy(allowed.has_choice[in_mini_tokens]),
+            (1 - reasoning_share, reasoning_share), self.objective.token_mean,
+        )  # fmt: skip
+        advantages = np.repeat(advantages_R, lengths_R).astype(np.float32)
+        diagnostics = Diagnostics()
         self.engine.engine.train()
 
-        def losses() -> Iterator[torch.Tensor]:
-            for rows in plan:
-                packed, at = _pack(mini, rows)
-                current = self.engine.policy(packed, mini_allowed.select(at), self.free_text_masks, self.temperature)
-                old = current.detach() if old_T is None else old_T[tokens_of_mini[at]]
-                loss_T, diagnostics = token_losses(
-                    current, old, sampler_T[at], reference_T[tokens_of_mini[at]], advantage_T[at], self.objective
-                )
-                loss = (weights_T[at] * loss_T).sum()
-                sums["loss"] += loss.item()
-                chosen = has_choice_T[at]
-                for name, values in diagnostics.items():
-                    sums[name] += values[chosen].sum().item()
-                difference = old[chosen] - sampler_T[at][chosen]
-                sums["sampler_ratio"] += difference.exp().sum().item()
-                sums["sampler_gap_maximum"] = max(sums["sampler_gap_maximum"], difference.abs().max().item())
-                sums["entropy_estimate"] -= current.detach()[chosen].sum().item()
-                yield loss
+        def losses() -> Iterator[Tensor]:
+            for part in parts:
+                if part is None:  # every rank takes part in every reduction
+                    yield self.engine.policy(pack_rows([PLACEHOLDER]).to(device)).sum() * 0.0
+                    continue
+                current_T = self._log_probabilities(self.engine.policy, part)
+                old_T = current_T.detach() if part.old_T is None else part.old_T
+                sampler_T = torch.from_numpy(batch.log_probabilities.values[part.at_T]).to(device)
+                assert part.reference_T is not None
+                loss_T, values_T = token_losses(
+                    current_T, old_T, sampler_T, part.reference_T, torch.from_numpy(advantages[part.at_T]).to(device),
+                    self.objective,
+                )  # fmt: skip
+                loss = (weights[part.at_T].to(device) * loss_T).sum()
+                diagnostics.add(float(loss.detach()), current_T.detach(), old_T, sampler_T, values_T, part.allowed)
+                yield loss * self.engine.ranks  # DeepSpeed averages over the ranks
 
-        norm = self.engine.step(losses(), len(plan))
-        count = max(int(has_choice_T.sum()), 1)
-        whole = {"loss", "sampler_gap_maximum"}
-        metrics = {name: value if name in whole else value / count for name, value in sums.items()}
-        return {**metrics, "gradient_norm": norm, "learning_rate": self.engine.learning_rate}
+        norm = self.engine.step(losses(), len(parts))
+        return {
+            **diagnostics.over_ranks(self.engine),
+            "gradient_norm": norm,
+            "learning_rate": self.engine.learning_rate,
+            "skipped": float(self.engine.skipped),
+        }

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from item_index.ragged import RaggedArray
 from learner.engine import LearnerEngine
-from learner.packing import PackedBatch, balanced_micro_batches, pack_rows
-
-# Two tokens, of which one is predicted: for ranks that have no row.
-PLACEHOLDER = (np.zeros(2, dtype=np.int32), np.array([False, True]))
+from learner.packing import PLACEHOLDER, PackedBatch, balanced_micro_batches, pack_rows
 
 
 def learnt_tokens(learnt: RaggedArray) -> int:
@@ -60,15 +56,16 @@ def supervised_step(
 
     norm = engine.step(losses(), len(batches))
     return {
-        "loss": engine.total(total),
+        "loss": engine.totals([total])[0],
         "gradient_norm": norm,
+        "skipped": float(engine.skipped),
         "learning_rate": engine.learning_rate,
         "learnt_tokens": float(count),
         "tokens": float(tokens.lengths.sum()),
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: ZeRO 3 keeps parameters that it gathers
 def supervised_loss(
     engine: LearnerEngine, tokens: RaggedArray, learnt: RaggedArray, *, micro_batch_tokens: int
 ) -> float:
@@ -80,4 +77,4 @@ def supervised_loss(
             engine.policy(pack_rows([PLACEHOLDER]).to(engine.device))
         else:
             total -= engine.policy(batch).sum().item()
-    return engine.total(total) / max(learnt_tokens(learnt), 1)
+    return engine.totals([total])[0] / max(learnt_tokens(learnt), 1)

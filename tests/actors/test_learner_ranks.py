@@ -1,0 +1,137 @@
+"""The same update of the policy by any number of ranks under any ZeRO stage, and what a learner refuses."""
+
+import numpy as np
+import pytest
+import ray
+import safetensors.torch
+import torch
+
+from actors.learner import LearnerActor, meeting_place
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+MODES = ["direct", "reasoning", "reasoning", "direct", "direct", "reasoning"]
+UPDATES = 5
+
+
+def engine_arguments(zero_stage, **more):
+    return {
+        "learning_rate": 1e-3, "weight_decay": 0.1, "warm_up_steps": 0, "total_steps": 1, "schedule": "constant",
+        "gradient_clip": 1.0, "zero_stage": zero_stage, **more,
+    }  # fmt: skip
+
+
+def start(tiny, *, ranks, zero_stage, epochs=1, **engine):
+    """Learner ranks, prepared."""
+    meeting = meeting_place() if ranks > 1 else None
+    learner = [
+        LearnerActor.options(num_cpus=0).remote(
+            str(tiny.checkpoint), engine=engine_arguments(zero_stage, **engine), seed=0, threads=1, rank=rank,
+            ranks=ranks, meeting_place=meeting,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    ray.get(
+        [
+            rank.prepare_srpo.remote(
+                str(tiny.index_folder), {}, temperature=1.0, mini_batch_prompts=3, micro_batch_tokens=150, seed=0,
+                epochs=epochs,
+            )
+            for rank in learner
+        ],
+        timeout=300,
+    )  # fmt: skip
+    return learner
+
+
+def rollouts(tiny, *, responses=4, seed=0):
+    """Random responses, as likely under the sampler as under the learner at the start."""
+    batch = tiny.random_rollouts(tiny.prompts(MODES), responses=responses, seed=seed)
+    return batch, np.random.default_rng(seed).normal(size=(len(MODES), responses)).astype(np.float32)
+
+
+def update(learner, batch, advantages):
+    members = [(0, group) for group in range(len(batch))]
+    reference = ray.put(batch)
+    return ray.get([rank.update.remote(members, advantages, reference) for rank in learner], timeout=300)
+
+
+def weights(learner):
+    (buffer, _), *_ = ray.get([rank.exported_weights.remote() for rank in learner], timeout=300)
+    return safetensors.torch.load(buffer.tobytes())
+
+
+def trained(tiny, **how):
+    """Change of all parameters by five updates, and the metrics of the last one."""
+    learner = start(tiny, **how)
+    before = weights(learner)
+    for seed in range(UPDATES):
+        metrics = update(learner, *rollouts(tiny, seed=seed))
+    after = weights(learner)
+    for rank in learner:
+        ray.kill(rank)
+    assert metrics[0]["skipped_steps"] == 0
+    return {name: after[name] - before[name] for name in before}, metrics
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, ray_cluster):
+    """One rank without ZeRO."""
+    return trained(tiny, ranks=1, zero_stage=0)
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_ranks_and_stages_change_the_parameters_alike(tiny, alone, ranks, zero_stage):
+    expected, expected_metrics = alone
+    change, metrics = trained(tiny, ranks=ranks, zero_stage=zero_stage)
+    assert change.keys() == expected.keys()
+    close = total = 0
+    for name, wanted in expected.items():
+        assert wanted.abs().max() > 0, name
+        close += int(((change[name] - wanted).abs() <= 1e-3 * wanted.abs()).sum())
+        total += wanted.numel()
+    assert close >= 0.99 * total
+    for of_rank in metrics:  # every rank reports the whole mini-batch
+        for name in ("loss", "gradient_norm", "ratio", "ratio_maximum", "ratio_minimum", "kl", "entropy_estimate"):
+            assert of_rank[name] == pytest.approx(expected_metrics[0][name], rel=1e-3, abs=1e-6), name
+
+
+def test_a_second_epoch_moves_the_ratio_away_from_one(tiny, ray_cluster):
+    learner = start(tiny, ranks=1, zero_stage=2, epochs=2)
+    metrics = update(learner, *rollouts(tiny))[0]
+    assert metrics["ratio_minimum"] < 0.99
+    assert metrics["ratio_maximum"] > 1.01
+    assert metrics["clipped"] > 0
+    assert metrics["tokens_per_second"] > 0
+    ray.kill(learner[0])
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(tiny, ray_cluster):
+    learner = start(tiny, ranks=2, zero_stage=2, maximum_skipped_steps=3)
+    before = weights(learner)
+    batch, advantages = rollouts(tiny)
+    broken = np.where(np.arange(len(MODES))[:, None] >= 0, np.inf, advantages).astype(np.float32)
+    metrics = update(learner, batch, broken)  # two mini-batches
+    assert [of_rank["skipped_steps"] for of_rank in metrics] == [2, 2]
+    after = weights(learner)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+    metrics = update(learner, batch, advantages)
+    assert metrics[0]["skipped_steps"] == 0
+    changed = weights(learner)
+    assert all(weight.isfinite().all() for weight in changed.values())
+    assert any(not torch.equal(changed[name], before[name]) for name in before)
+
+    update(learner, batch, broken)
+    with pytest.raises(ray.exceptions.RayTaskError, match="4 optimizer steps in a row"):
+        update(learner, batch, broken)
+    for rank in learner:
+        ray.kill(rank)
+
+
+def test_rollouts_under_another_index_are_refused(tiny, ray_cluster):
+    learner = start(tiny, ranks=1, zero_stage=2)
+    batch, advantages = rollouts(tiny)
+    object.__setattr__(batch, "index_version", "another")
+    with pytest.raises(ray.exceptions.RayTaskError, match="sampled under index version another"):
+        update(learner, batch, advantages)
+    ray.kill(learner[0])
