@@ -130,8 +130,9 @@ class ObjectiveSection(Section):
     dual_clip: float = Field(10.0, gt=1, description="Bound of the ratio's effect for negative advantages.")
     kl_coefficient: float = Field(0.001, ge=0, description="Weight of the k3 divergence from the frozen reference.")
     importance_cap: float = Field(2.0, gt=0, description="Truncation of the learner's over the sampler's probability.")
-    token_mean: Literal["per_mode", "global"] = Field(
-        "per_mode", description="Token mean inside each mode, weighted by prompts, or over all tokens alike."
+    token_mean: Literal["per_mode", "global", "per_response", "constant"] = Field(
+        "per_mode",
+        description="Token mean inside each mode, weighted by prompts; over all tokens; GRPO's; or Dr.GRPO's.",
     )
 
     @model_validator(mode="after")
@@ -146,6 +147,9 @@ class TrainSettings(Section):
     prompts_per_step: int = Field(256, ge=1, description="Groups that one step trains on.")
     mini_batch_prompts: int = Field(64, ge=1, description="Groups of one optimizer step.")
     responses: int = Field(10, ge=2, description="Responses of a group (n).")
+    advantages: Literal["bonus_calibrated", "group_relative", "centred", "pass_at_k"] = Field(
+        "bonus_calibrated", description="GREAM's; or for ablation GRPO's, Dr.GRPO's, or the Pass@K bonus alone."
+    )
     pass_k: int = Field(4, ge=1, description="K of the Pass@K bonus.")
     reasoning_share: float = Field(0.5, ge=0, le=1, description="Share of the prompts in reasoning mode.")
     exclude_seen: bool = Field(True, description="Answers may not be items of the user's own earlier history.")

@@ -26,7 +26,7 @@ from cluster.srpo_actors import SrpoActors, srpo_actors
 from cluster.tracking import Tracker
 from curriculum.corpus import Corpus
 from item_index.constraint import MODES
-from learner.advantages import bonus_calibrated_advantages, groups_with_variance
+from learner.advantages import group_advantages, groups_with_variance
 from rewards.chains import chain_metrics
 
 
@@ -154,10 +154,11 @@ class SrpoLoop:
                 "raise train.responses or train.temperature, or train the supervised stage for longer"
             )
 
-        advantages_GN = bonus_calibrated_advantages(
+        advantages_GN = group_advantages(
             torch.from_numpy(np.stack([group.rewards for group in chosen])),
+            torch.from_numpy(np.stack([group.hits for group in chosen])),
+            train.advantages,
             k=train.pass_k,
-            hits_GN=torch.from_numpy(np.stack([group.hits for group in chosen])),
         )
         with timers("learner"):
             batches = list({group.batch: None for group in chosen})

@@ -7,8 +7,45 @@ Axes: G groups, N responses of a group.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+AdvantageEstimator = Literal["bonus_calibrated", "group_relative", "centred", "pass_at_k"]
+
+
+def group_advantages(rewards_GN: Tensor, hits_GN: Tensor, estimator: AdvantageEstimator, *, k: int = 4) -> Tensor:
+    """Advantages by a named estimator: `bonus_calibrated_advantages` (GREAM), or for ablation
+    `group_relative_advantages` (GRPO), `centred_advantages` (Dr.GRPO) and `pass_at_k_advantages`.
+
+    Raises ValueError for an unknown name, and what the estimator raises.
+    """
+    if estimator == "bonus_calibrated":
+        return bonus_calibrated_advantages(rewards_GN, k=k, hits_GN=hits_GN)
+    if estimator == "group_relative":
+        return group_relative_advantages(rewards_GN)
+    if estimator == "centred":
+        return centred_advantages(rewards_GN)
+    if estimator == "pass_at_k":
+        return pass_at_k_advantages(rewards_GN, hits_GN, k=k)
+    raise ValueError(f"there is no advantage estimator {estimator!r}")
+
+
+def centred_advantages(rewards_GN: Tensor) -> Tensor:
+    """R_i - mean(R) within each group: Dr.GRPO (arXiv 2503.20783), which leaves out the standard deviation because it
+    weights questions by how hard they are. Shape, dtype and errors as `group_relative_advantages`."""
+    _check_rewards(rewards_GN)
+    rewards = rewards_GN.double()
+    return (rewards - rewards.mean(dim=1, keepdim=True)).to(rewards_GN.dtype)
+
+
+def pass_at_k_advantages(rewards_GN: Tensor, hits_GN: Tensor, *, k: int = 4, eps: float = 1e-6) -> Tensor:
+    """The Pass@K advantage of arXiv 2508.10751 alone, which looks at hits and not at rewards. Shape and dtype of the
+    rewards; errors as `bonus_calibrated_advantages`."""
+    _check_rewards(rewards_GN)
+    _check_hits(rewards_GN, hits_GN, k)
+    return _pass_at_k_bonus(hits_GN, k, eps).to(rewards_GN.dtype)
 
 
 def group_relative_advantages(rewards_GN: Tensor, eps: float = 1e-6) -> Tensor:
@@ -60,13 +97,8 @@ def bonus_calibrated_advantages(
         ValueError: k below 1, rewards as above, or hits that are not a bool matrix of the rewards' shape.
     """
     _check_rewards(rewards_GN)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
     hits = rewards_GN == 1 if hits_GN is None else hits_GN
-    if hits.dtype != torch.bool or hits.shape != rewards_GN.shape:
-        raise ValueError(
-            f"hits_GN must be bool of shape {list(rewards_GN.shape)}, got {hits.dtype} of shape {list(hits.shape)}"
-        )
+    _check_hits(rewards_GN, hits, k)
     # Added in float64 and rounded once.
     relative_GN = group_relative_advantages(rewards_GN.double(), eps)
     return (relative_GN + _pass_at_k_bonus(hits, k, eps)).to(rewards_GN.dtype)
@@ -109,6 +141,16 @@ def _ratio_of_combinations(chosen_from: Tensor, total: int, k: int) -> Tensor:
     for place in range(k):
         ratio = ratio * ((chosen_from - place).clamp(min=0) / (total - place))
     return ratio
+
+
+def _check_hits(rewards_GN: Tensor, hits_GN: Tensor, k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if hits_GN.dtype != torch.bool or hits_GN.shape != rewards_GN.shape:
+        raise ValueError(
+            f"hits_GN must be bool of shape {list(rewards_GN.shape)}, got {hits_GN.dtype} of shape "
+            f"{list(hits_GN.shape)}"
+        )
 
 
 def _check_rewards(rewards_GN: Tensor) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 DIRECT, REASONING = 0, 1
 MODE_COUNT = 2
 
-TokenMean = Literal["per_mode", "global"]
+TokenMean = Literal["per_mode", "global", "per_response", "constant"]
+TOKEN_MEANS = ("per_mode", "global", "per_response", "constant")
 
 # Beyond this distance (nats) the clips hold the policy loss constant, or the ratio is nil; without it, exp would
 # overflow and its gradient would be 0 * inf.
@@ -34,7 +35,7 @@ class ObjectiveSettings:
         dual_clip: bound on the ratio's effect where the advantage is negative (the loss is at most -A * dual_clip).
         kl_coefficient: of the k3 estimate of the divergence from the reference policy.
         importance_cap: truncation of exp(old - mu).
-        token_mean: "per_mode" or "global", see `token_weights`.
+        token_mean: see `token_weights`.
 
     Raises:
         ValueError: a constant outside its range.
@@ -58,8 +59,8 @@ class ObjectiveSettings:
             raise ValueError(f"kl_coefficient must not be negative, got {self.kl_coefficient}")
         if self.importance_cap <= 0:
             raise ValueError(f"importance_cap must be positive, got {self.importance_cap}")
-        if self.token_mean not in ("per_mode", "global"):
-            raise ValueError(f"token_mean must be 'per_mode' or 'global', got {self.token_mean!r}")
+        if self.token_mean not in TOKEN_MEANS:
+            raise ValueError(f"token_mean must be one of {', '.join(TOKEN_MEANS)}, got {self.token_mean!r}")
 
 
 def token_losses(
@@ -134,14 +135,21 @@ def token_weights(
     counted_T: Tensor,
     prompt_share_by_mode: Sequence[float],
     token_mean: TokenMean = "per_mode",
+    *,
+    response_T: Tensor | None = None,
+    longest: int | None = None,
 ) -> Tensor:
-    """Weight of each token of a whole mini-batch in its loss; the weights sum to 1.
+    """Weight of each token of a whole mini-batch in its loss.
 
-    "per_mode" takes the token mean inside each mode and weights the modes by their share of prompts: in a plain mean a
-    direct response of five tokens would drown beside a reasoning chain. A mode without counted tokens gets nothing and
-    the shares of the others are scaled up. "global" is the plain mean over all counted tokens.
+    - "per_mode" takes the token mean inside each mode and weights the modes by their share of prompts: in a plain mean
+      a direct response of five tokens would drown beside a reasoning chain. A mode without counted tokens gets nothing
+      and the shares of the others are scaled up.
+    - "global" is the plain mean over all counted tokens.
+    - "per_response" is GRPO's: the mean of each response, averaged over the responses that have a counted token.
+    - "constant" is Dr.GRPO's: the sum over the counted tokens, divided by the responses times `longest`.
 
-    Call it on all tokens of the mini-batch (all micro-batches, all learner ranks), then slice.
+    The weights sum to 1 but for "constant". Call it on all tokens of the mini-batch (all micro-batches, all learner
+    ranks), then slice.
 
     Args:
         mode_T: int [tokens], `DIRECT` (0) or `REASONING` (1).
@@ -149,13 +157,15 @@ def token_weights(
             has weight 0 and does not enlarge the denominator.
         prompt_share_by_mode: share of the mini-batch's prompts by mode (counts do as well), direct first.
         token_mean: which mean.
+        response_T: int [tokens], number of each token's response from 0; for the last two means.
+        longest: tokens that a response may have, for the last one.
 
     Returns:
         float32 [tokens] on the device of `mode_T`.
 
     Raises:
-        ValueError: no token counts, an unknown mode or mean, shapes that differ, or a mode with counted tokens whose
-            share of prompts is not positive.
+        ValueError: no token counts, an unknown mode or mean, shapes that differ, a mode with counted tokens whose share
+            of prompts is not positive, or an argument that the mean needs and lacks.
     """
     if mode_T.ndim != 1 or mode_T.is_floating_point() or mode_T.dtype == torch.bool:
         raise ValueError(f"mode_T must be int [tokens], got {mode_T.dtype} of shape {list(mode_T.shape)}")
@@ -172,8 +182,18 @@ def token_weights(
 
     if token_mean == "global":
         return counted_T.float() / counted_T.sum()
+    if token_mean in ("per_response", "constant"):
+        if response_T is None or response_T.shape != mode_T.shape:
+            raise ValueError(f"token_mean {token_mean} needs response_T of shape {list(mode_T.shape)}")
+        if token_mean == "constant":
+            if not longest:
+                raise ValueError("token_mean constant needs longest, the tokens that a response may have")
+            return counted_T.float() / (len(response_T.unique()) * longest)
+        tokens_R = torch.bincount(response_T[counted_T], minlength=int(response_T.max()) + 1)
+        per_response = (1.0 / tokens_R.clamp(min=1).double() / (tokens_R > 0).sum())[response_T]
+        return torch.where(counted_T, per_response, 0.0).float()
     if token_mean != "per_mode":
-        raise ValueError(f"token_mean must be 'per_mode' or 'global', got {token_mean!r}")
+        raise ValueError(f"token_mean must be one of {', '.join(TOKEN_MEANS)}, got {token_mean!r}")
     tokens_M = torch.bincount(mode_T[counted_T].long(), minlength=MODE_COUNT).double()
     share_M = torch.tensor([float(share) for share in prompt_share_by_mode], dtype=torch.float64, device=mode_T.device)
     present_M = tokens_M > 0

@@ -182,6 +182,8 @@ class GroupPolicyLearner:
         weights[torch.from_numpy(in_mini_tokens)] = token_weights(
             torch.from_numpy(mode_tokens[in_mini_tokens]), torch.from_numpy(allowed.has_choice[in_mini_tokens]),
             (1 - reasoning_share, reasoning_share), self.objective.token_mean,
+            response_T=torch.from_numpy(np.repeat(np.arange(len(lengths_R)), lengths_R)[in_mini_tokens]),
+            longest=int(batch.prompts.budgets[groups].max()),
         )  # fmt: skip
         advantages = np.repeat(advantages_R, lengths_R).astype(np.float32)
         diagnostics = Diagnostics()

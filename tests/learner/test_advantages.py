@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantages import bonus_calibrated_advantages, group_relative_advantages, groups_with_variance
+from learner.advantages import (
+    bonus_calibrated_advantages,
+    group_advantages,
+    group_relative_advantages,
+    groups_with_variance,
+)
 
 EPS = 1e-6
 
@@ -187,3 +192,21 @@ def test_bad_hits_and_k_are_refused() -> None:
         bonus_calibrated_advantages(torch.zeros(1, 4), hits_GN=torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="k must be at least 1"):
         bonus_calibrated_advantages(torch.zeros(1, 4), k=0)
+
+
+def test_named_estimators() -> None:
+    rewards = torch.tensor([[1.0, 0.5, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    hits = torch.tensor([[True, False, False, False], [True, True, False, False]])
+
+    def named(estimator: str) -> torch.Tensor:
+        return group_advantages(rewards, hits, estimator, k=2)  # type: ignore[arg-type]
+
+    torch.testing.assert_close(named("centred"), torch.tensor([[0.625, 0.125, -0.375, -0.375], [0.25] * 3 + [-0.75]]))
+    expected = torch.tensor([literal_bonus(row, 2, EPS) for row in hits.tolist()])
+    torch.testing.assert_close(named("pass_at_k"), expected)
+    torch.testing.assert_close(named("group_relative"), group_relative_advantages(rewards))
+    torch.testing.assert_close(named("bonus_calibrated"), named("group_relative") + expected)
+    with pytest.raises(ValueError, match="no advantage estimator 'best'"):
+        named("best")
+    with pytest.raises(ValueError, match="must be bool"):
+        group_advantages(rewards, rewards, "pass_at_k")

@@ -214,6 +214,19 @@ def test_weights_by_hand() -> None:
     torch.testing.assert_close(plain, torch.tensor([1 / 7] * 2 + [0.0] * 2 + [1 / 7] * 5 + [0.0]))
 
 
+def test_means_of_other_methods_by_hand() -> None:
+    mode = torch.tensor([DIRECT] * 2 + [REASONING] * 5)
+    counted = torch.tensor([True, True, True, True, True, False, False])
+    response = torch.tensor([0, 0, 1, 1, 1, 1, 2])  # the last one has no counted token
+    per_response = token_weights(mode, counted, [1, 1], "per_response", response_T=response)
+    torch.testing.assert_close(per_response, torch.tensor([1 / 4] * 2 + [1 / 6] * 3 + [0.0] * 2))
+    constant = token_weights(mode, counted, [1, 1], "constant", response_T=response, longest=8)
+    torch.testing.assert_close(constant, torch.tensor([1 / 24] * 5 + [0.0] * 2))
+    for token_mean, more in (("per_response", {}), ("constant", {"response_T": response})):
+        with pytest.raises(ValueError, match="needs"):
+            token_weights(mode, counted, [1, 1], token_mean, **more)  # type: ignore[arg-type]
+
+
 def test_one_token_sets_leave_the_denominator() -> None:
     mode = torch.tensor([DIRECT, DIRECT, REASONING])
     counted = torch.tensor([True, True, True])
