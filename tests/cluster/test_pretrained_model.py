@@ -41,7 +41,6 @@ def pretrained(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=WEIGHTS, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS).save_pretrained(folder)
     return folder
