@@ -7,7 +7,7 @@ squared; here it costs what its parts cost:
   stands behind a row's tokens, so a causal query never sees it.
 - `PackedGroup`: a prompt once, and behind it the responses to it, each of which sees the prompt and itself. All
   responses together attend to the prompt without a mask and without copies of its keys and values, and each to itself
-  as in a bucket; the two softmaxes are merged by their log-sum-exps.
+  as in a bucket; the two softmaxes are merged by their log-sum-exps. A short group is one call under a mask.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from learner.shared_prefix import shared_prefix_attention
 PACKED = "packed"
 # A bucket ends where a row is shorter than this share of its longest one: padding against more, smaller calls.
 SHORTEST_OF_BUCKET = 0.75
+# A group of no more tokens attends in one call under a mask: what merging saves is then less than its calls cost.
+MASKED_TOKENS = 300
 
 
 class PackedPart(Protocol):
@@ -126,11 +128,25 @@ class PackedGroup:
         span: the prompt's first token, and the one after the last response.
         prompt: the prompt's tokens.
         responses: where the responses lie, counted from the prompt's end; None without a response token.
+        mask: bool [tokens, tokens], who sees whom, for a group of at most `MASKED_TOKENS`; None for a larger one.
     """
 
     span: tuple[int, int]
     prompt: int
     responses: RowBucket | None
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, prompt: int, lengths: np.ndarray, start: int) -> PackedGroup:
+        """A prompt of some tokens from `start` on, and behind it responses of some lengths, which may be 0."""
+        tokens = prompt + int(lengths.sum())
+        responses = RowBucket.of(lengths[lengths > 0], 0) if lengths.any() else None
+        mask = None
+        if responses is not None and tokens <= MASKED_TOKENS:
+            segment = torch.from_numpy(np.repeat(np.arange(len(lengths) + 1), [prompt, *lengths]))
+            mask = (segment == segment[:, None]) | (segment == 0)
+            mask &= torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        return cls((start, start + tokens), prompt, responses, mask)
 
     def attend(
         self, query_HTD: Tensor, key_HTD: Tensor, value_HTD: Tensor, *, scaling: float | None, dropout: float
@@ -138,11 +154,16 @@ class PackedGroup:
         """See `PackedPart`; raises ValueError for dropout, under which policy and sampler would differ anyway."""
         if dropout:
             raise ValueError(f"groups do not know attention dropout, and this model has {dropout}")
-        size = self.prompt
+        grouped, size = query_HTD.shape[0] != key_HTD.shape[0], self.prompt
+        if self.mask is not None:
+            attended_1HTD = scaled_dot_product_attention(
+                query_HTD[None], key_HTD[None], value_HTD[None], attn_mask=self.mask, scale=scaling, enable_gqa=grouped
+            )
+            return attended_1HTD[0].transpose(0, 1)
         prompt_key, prompt_value = key_HTD[:, :size], value_HTD[:, :size]
         attended_1HPD = scaled_dot_product_attention(
             query_HTD[None, :, :size], prompt_key[None], prompt_value[None], is_causal=True, scale=scaling,
-            enable_gqa=query_HTD.shape[0] != key_HTD.shape[0],
+            enable_gqa=grouped,
         )  # fmt: skip
         attended_PHD = attended_1HPD[0].transpose(0, 1)
         if self.responses is None:
@@ -155,7 +176,10 @@ class PackedGroup:
 
     def to(self, device: torch.device | str) -> PackedGroup:
         """The same on another device."""
-        return self if self.responses is None else replace(self, responses=self.responses.to(device))
+        if self.responses is None:
+            return self
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, responses=self.responses.to(device), mask=mask)
 
 
 def packed_attention(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from learner.packed_attention import PackedGroup, PackedPart, RowBucket, row_buckets
+from learner.packed_attention import PackedGroup, PackedPart, row_buckets
 
 # Two tokens, of which one is predicted: for ranks that have nothing of their own in a micro-batch.
 PLACEHOLDER = (np.zeros(2, dtype=np.int32), np.array([False, True]))
@@ -74,8 +74,7 @@ def pack_groups(groups: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]]) -> Pa
         for response, length, end in zip(responses, kept, ends, strict=True):
             predicted_at += [np.array([start + len(prompt) - 1]), np.arange(end - length, end)]
             targets.append(response)
-        bucket = RowBucket.of(kept[kept > 0], 0) if kept.any() else None
-        parts.append(PackedGroup((start, int(ends[-1])), len(prompt), bucket))
+        parts.append(PackedGroup.of(len(prompt), kept, start))
         start = int(ends[-1])
     return PackedBatch(
         torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None],

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import policy_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from learner import packed_attention
 from learner.packed_attention import RowBucket
 from learner.packing import pack_groups
 from learner.shared_prefix import masked_shared_prefix_attention, shared_prefix_attention
@@ -82,7 +83,9 @@ def assert_same(model, groups, *, tolerance, checkpointing):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_packed_groups_are_one_response_at_a_time(name, checkpointing, dtype, tolerance):
+@pytest.mark.parametrize("masked_tokens", [0, 300])
+def test_packed_groups_are_one_response_at_a_time(monkeypatch, name, checkpointing, dtype, tolerance, masked_tokens):
+    monkeypatch.setattr(packed_attention, "MASKED_TOKENS", masked_tokens)
     groups = groups_of((11, DIRECT), (6, REASONING), (1, [1, 1]), (8, [5]))
     assert_same(model_of(name, dtype), groups, tolerance=tolerance, checkpointing=checkpointing)
 
@@ -91,10 +94,13 @@ def test_packed_groups_are_one_response_at_a_time(name, checkpointing, dtype, to
 @given(
     st.lists(
         st.tuples(st.integers(1, 20), st.lists(st.integers(1, 20), min_size=1, max_size=16)), min_size=1, max_size=3
-    )
+    ),
+    st.sampled_from([0, 60, 300]),
 )
-def test_groups_of_any_sizes_are_one_response_at_a_time(sizes):
-    assert_same(model_of("qwen3", torch.float64), groups_of(*sizes), tolerance=1e-10, checkpointing=False)
+def test_groups_of_any_sizes_are_one_response_at_a_time(sizes, masked_tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_attention, "MASKED_TOKENS", masked_tokens)
+        assert_same(model_of("qwen3", torch.float64), groups_of(*sizes), tolerance=1e-10, checkpointing=False)
 
 
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [7, 1, 3, 7]])
@@ -119,8 +125,10 @@ def test_merged_parts_are_one_softmax_also_where_scores_are_large(lengths, key_h
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
-def test_nothing_of_a_group_reaches_another_and_nothing_of_a_response_its_siblings():
+@pytest.mark.parametrize("masked_tokens", [0, 300])
+def test_nothing_of_a_group_reaches_another_and_nothing_of_a_response_its_siblings(monkeypatch, masked_tokens):
     """Another token in one response changes the gradient at the inputs of the prompt and of that response alone."""
+    monkeypatch.setattr(packed_attention, "MASKED_TOKENS", masked_tokens)
     policy = policy_of(model_of("llama", torch.float64))
     groups = groups_of((5, [4, 4, 6]), (5, [3, 3]))
     changed = copy.deepcopy(groups)
