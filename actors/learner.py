@@ -12,8 +12,10 @@ import torch
 from transformers import AutoTokenizer
 
 from item_index.constraint import AnswerConstraint
+from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from learner.engine import LearnerEngine, initialize_process_group
+from learner.low_rank import LowRankSettings, add_low_rank_weights
 from learner.objective import ObjectiveSettings
 from learner.packed_attention import PACKED
 from learner.policy import Policy, load_language_model
@@ -30,12 +32,13 @@ class LearnerRank:
         engine: arguments of `LearnerEngine`.
         rank, ranks: of all that train together; each of them is such an actor.
         meeting_place: address and port at which rank 0 listens, see `meeting_place`; None for a rank alone.
+        low_rank: arguments of `LowRankSettings`, to train low-rank weights beside frozen ones; None trains all.
         version: counts the updates.
     """
 
     def __init__(
         self, model_folder: str, *, engine: dict[str, Any], seed: int, threads: int, rank: int = 0, ranks: int = 1,
-        meeting_place: tuple[str, int] | None = None, version: int = 0,
+        meeting_place: tuple[str, int] | None = None, low_rank: dict[str, Any] | None = None, version: int = 0,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         torch.set_num_threads(threads)
@@ -43,31 +46,40 @@ class LearnerRank:
         initialize_process_group(rank=rank, world_size=ranks, address=address, port=port)
         self.model_folder = model_folder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-        self.engine = LearnerEngine(Policy(load_language_model(model_folder, attention=PACKED)), **engine)
+        model = load_language_model(model_folder, attention=PACKED)
+        if low_rank is not None:
+            model = add_low_rank_weights(model, LowRankSettings(**low_rank), known_tokens=None)
+        self.low_rank = low_rank is not None
+        self.engine = LearnerEngine(Policy(model), **engine)
         self.group_policy: GroupPolicyLearner | None = None
         self.index_version = ""
         self.version = version
 
     def prepare_srpo(self, index_folder: str, objective: dict[str, Any], **settings: Any) -> None:
-        """Freeze a copy of the starting checkpoint as the reference and bind the constraint."""
-        reference = load_language_model(self.model_folder, attention=PACKED)
-        rows = reference.get_output_embeddings().weight.shape[0]
+        """Freeze the starting checkpoint as the reference and bind the constraint: a copy of it, or the base of the
+        low-rank weights."""
+        language_model = self.engine.engine.module.language_model
+        reference = None
+        if not self.low_rank:
+            reference = Policy(load_language_model(self.model_folder, dtype=language_model.dtype, attention=PACKED))
+        rows = language_model.config.vocab_size
         index = SemanticIdIndex.load(index_folder)
         constraint = AnswerConstraint.of(index, self.tokenizer, vocabulary_size=rows)
         self.index_version = index.version
         self.group_policy = GroupPolicyLearner(
-            self.engine, Policy(reference), constraint, ObjectiveSettings(**objective), **settings
+            self.engine, reference, constraint, ObjectiveSettings(**objective), **settings
         )
 
     def update(
-        self, members: Sequence[tuple[int, int]], advantages_GN: np.ndarray, *batches: RolloutBatch
+        self, members: Sequence[tuple[int, int]], advantages: RaggedArray, *batches: RolloutBatch
     ) -> dict[str, float]:
         """One SRPO update on the groups `members`, (batch, place in it) each; the version counts up.
 
-        Every rank is called with the same arguments. Raises ValueError for rollouts under another index version.
+        `advantages` has a row per member, with the float32 advantages of its responses. Every rank is called with the
+        same arguments. Raises ValueError for rollouts under another index version.
         """
         assert self.group_policy is not None, "call prepare_srpo first"
-        parts, advantages = [], []
+        parts, order = [], []
         for number, batch in enumerate(batches):
             if batch.index_version != self.index_version:
                 raise ValueError(
@@ -76,8 +88,8 @@ class LearnerRank:
                 )
             rows = [row for row, (of_batch, _) in enumerate(members) if of_batch == number]
             parts.append(batch.select(np.array([members[row][1] for row in rows])))
-            advantages.append(advantages_GN[rows])
-        metrics = self.group_policy.update(RolloutBatch.concatenate(parts), np.concatenate(advantages).reshape(-1))
+            order += rows
+        metrics = self.group_policy.update(RolloutBatch.concatenate(parts), advantages.select(np.array(order)).values)
         self.version += 1
         return {
             **metrics,

@@ -20,9 +20,10 @@ from rewards.residual import residual_sensitive_reward
 
 @dataclass(frozen=True)
 class ScoredResponses:
-    """What the rewards say of G groups of N responses; all arrays [G, N].
+    """What the rewards say of the responses of a batch; arrays [R], group after group, but for the first.
 
     Attributes:
+        group_sizes: int64 [G], responses of each group.
         rewards: float32, residual-sensitive verifiable reward.
         hits: bool, the answer is the true item, format included.
         valid: bool, the answer is an item of the catalogue.
@@ -34,6 +35,7 @@ class ScoredResponses:
             direct mode.
     """
 
+    group_sizes: np.ndarray
     rewards: np.ndarray
     hits: np.ndarray
     valid: np.ndarray
@@ -63,21 +65,19 @@ class RewardWorker:
         if batch.index_version != self.index.version:
             raise ValueError(f"rollouts of index {batch.index_version} cannot be scored with {self.index.version}")
         forced_R = allowed_in(batch, self.constraint).forced_R
-        shape = (len(batch), batch.group_size)
-        rewards, items = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
-        well_formed, chains = np.zeros(shape, bool), np.zeros(shape, CHAIN)
+        rewards, items = np.zeros(len(forced_R), np.float32), np.full(len(forced_R), -1, np.int32)
+        well_formed, chains = np.zeros(len(forced_R), bool), np.zeros(len(forced_R), CHAIN)
         special, decode = self.constraint.tokens, self.tokenizer.decode
         shown = [
             set(semantic_ids_in(prompt.tolist(), special)) if reasoning else set()
             for prompt, reasoning in zip(batch.prompts.tokens, batch.prompts.reasoning, strict=True)
         ]
+        group_R = batch.group_of_response
         for row, response in enumerate(batch.responses):
-            place = divmod(row, batch.group_size)
-            reasoning = bool(batch.prompts.reasoning[place[0]])
+            group = int(group_R[row])
+            reasoning = bool(batch.prompts.reasoning[group])
             if reasoning:
-                chains[place] = chain_figures(
-                    response.tolist(), history=shown[place[0]], special=special, decode=decode
-                )
+                chains[row] = chain_figures(response.tolist(), history=shown[group], special=special, decode=decode)
             answer = parse_answer(
                 response.tolist(),
                 mode="reasoning" if reasoning else "direct",
@@ -88,20 +88,21 @@ class RewardWorker:
             )
             if answer.codes is None:
                 continue
-            truth = self.item_codes[int(batch.prompts.targets[place[0]])]
-            items[place] = self.item_of_codes.get(answer.codes, -1)
-            well_formed[place] = answer.well_formed
-            rewards[place] = residual_sensitive_reward(
+            truth = self.item_codes[int(batch.prompts.targets[group])]
+            items[row] = self.item_of_codes.get(answer.codes, -1)
+            well_formed[row] = answer.well_formed
+            rewards[row] = residual_sensitive_reward(
                 answer.codes, truth, levels=self.index.levels, well_formed=answer.well_formed
             )
         return ScoredResponses(
+            group_sizes=batch.group_sizes,
             rewards=rewards,
-            hits=well_formed & (items == batch.prompts.targets[:, None]),
+            hits=well_formed & (items == batch.prompts.targets[group_R]),
             valid=items >= 0,
             well_formed=well_formed,
-            forced=forced_R.reshape(shape),
+            forced=forced_R,
             items=items,
-            lengths=batch.responses.lengths.astype(np.int32).reshape(shape),
+            lengths=batch.responses.lengths.astype(np.int32),
             chains=chains,
         )
 

@@ -119,6 +119,7 @@ class RolloutEngine:
                 log_probabilities.append([step[token].logprob for step, token in zip(steps, tokens, strict=True)])
         return RolloutBatch(
             prompts=prompts,
+            group_sizes=np.full(len(prompts), responses, dtype=np.int64),
             responses=RaggedArray.of(sampled, np.int32),
             log_probabilities=RaggedArray.of(log_probabilities, np.float32),
             weight_versions=np.full(len(prompts), self._weight_version, dtype=np.int64),

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from curriculum.row_files import RowFile
 from learner.engine import LearnerEngine, initialize_process_group
-from learner.low_rank import LowRankSettings, add_low_rank_weights, merged_language_model
+from learner.low_rank import LowRankSettings, add_low_rank_weights
 from learner.packed_attention import PACKED
 from learner.policy import Policy, load_language_model
 from learner.supervised import learnt_tokens, supervised_loss, supervised_step
@@ -96,7 +96,7 @@ def supervised_rank(arguments: dict[str, Any]) -> None:
             if metrics["evaluation_loss"] < progress.best_loss:
                 progress.best_loss, progress.evaluations_since_best = metrics["evaluation_loss"], 0
                 if plan.patience is not None:
-                    _save(engine, plan, folder / "best", tokenizer)
+                    engine.save(folder / "best", tokenizer)
             else:
                 progress.evaluations_since_best += 1
         if engine.rank == 0:
@@ -111,7 +111,7 @@ def supervised_rank(arguments: dict[str, Any]) -> None:
         if stopped:
             break
     if plan.patience is None:
-        _save(engine, plan, folder / "checkpoint", tokenizer)
+        engine.save(folder / "checkpoint", tokenizer)
     elif engine.rank == 0 and (folder / "best").is_dir():  # not there where a rank was lost after this move
         (folder / "best").replace(folder / "checkpoint")
 
@@ -148,17 +148,6 @@ def _evaluate(engine: LearnerEngine, rows: RowFile, micro_batch_tokens: int) -> 
         total += targets * supervised_loss(engine, tokens, learnt, micro_batch_tokens=micro_batch_tokens)
         count += targets
     return total / count
-
-
-def _save(engine: LearnerEngine, plan: SupervisedPlan, folder: Path, tokenizer: Any) -> None:
-    """A checkpoint that transformers and vLLM load as it is, low-rank weights merged in."""
-    if plan.low_rank is None:
-        engine.save(folder, tokenizer)
-        return
-    weights = engine.weights()
-    if engine.rank == 0:
-        merged_language_model(plan.model, LowRankSettings(**plan.low_rank), weights).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def _keep_lines(file: Path, steps: int) -> None:

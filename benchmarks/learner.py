@@ -1,6 +1,7 @@
 """The learner's loss and gradient: groups per second and peak memory against padded batches and `trl.GRPOTrainer`.
 
-    python -m benchmarks.learner [--model 8M]... [--mode direct]... [--vocabulary 3000]... [--groups 1]... [--json FILE]
+    python -m benchmarks.learner [--model 8M]... [--mode direct]... [--vocabulary 3000]... [--groups 1]...
+        [--subject ours]... [--json FILE]
 
 All subjects compute the clipped policy loss of the same groups, on policy and without a reference, and its gradient, in
 float32 from the same weights, each in a process of its own. Direct mode: prompts of 200 tokens, 16 responses of 5.
@@ -66,6 +67,7 @@ def benchmark(
     mode: Annotated[list[str], typer.Option(help="direct, reasoning")] = ["direct", "reasoning"],  # noqa: B006
     vocabulary: Annotated[list[int], typer.Option(min=1100)] = [3000, 153_000],  # noqa: B006
     groups: Annotated[list[int], typer.Option(min=1, help="Groups of one backward pass.")] = [1, 8],  # noqa: B006
+    subject: Annotated[list[str], typer.Option(help=f"What is measured: {', '.join(SUBJECTS)}.")] = list(SUBJECTS),  # noqa: B006
     backwards: Annotated[int, typer.Option(min=1, help="Timed backward passes of a subject.")] = 5,
     limit: Annotated[float, typer.Option(min=1, help="Seconds that one subject may take.")] = 900.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the numbers and the machine.")] = None,
@@ -80,7 +82,7 @@ def benchmark(
                 for kind in mode:
                     for count in groups:
                         case = f"{name}, {kind}, vocabulary {size}, {count} groups a backward pass"
-                        tasks = [Task(subject, folder, size, kind, count, backwards) for subject in SUBJECTS]
+                        tasks = [Task(one, folder, size, kind, count, backwards) for one in subject]
                         outcomes = [run_child(task.subject, command(task), limit, **needs(task)) for task in tasks]
                         floor = needed_operations(tasks[0], weights, int(SHAPES[name]["hidden_size"])) / count / peak
                         console.print(report_table(case, outcomes, floor))

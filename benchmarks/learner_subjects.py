@@ -53,6 +53,10 @@ class Task:
     def responses(self) -> int:
         return {"direct": 16, "reasoning": 10}[self.mode]
 
+    @property
+    def longest_response(self) -> int:
+        return {"direct": 5, "reasoning": 200}[self.mode]
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -147,8 +151,8 @@ def ours_padded(task: Task) -> Callable[[Groups], torch.Tensor]:
     return loss
 
 
-def trl(task: Task, *, head_at_responses: bool) -> Callable[[Groups], torch.Tensor]:
-    """`trl.GRPOTrainer`'s own loss; without Triton it sends the prompts through the output head as well, unless
+def trl_trainer(task: Task, *, head_at_responses: bool, loss_type: str = "bnpo", beta: float = 0.0) -> Any:
+    """`trl.GRPOTrainer` in training mode; without Triton it sends the prompts through the output head as well, unless
     `head_at_responses` turns on the selection that it makes with Triton."""
     import datasets
     import trl.trainer.utils
@@ -157,35 +161,38 @@ def trl(task: Task, *, head_at_responses: bool) -> Callable[[Groups], torch.Tens
 
     if head_at_responses:
         trl.trainer.utils._use_triton = lambda device: True
-    longest = 5 if task.mode == "direct" else 200
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32, attn_implementation="sdpa"),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(
             output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-            loss_type="bnpo", beta=0.0, num_generations=task.responses, per_device_train_batch_size=task.responses,
-            max_completion_length=longest, epsilon=0.2, epsilon_high=0.2, delta=10.0,
+            loss_type=loss_type, beta=beta, use_bias_correction_kl=False, num_generations=task.responses,
+            per_device_train_batch_size=task.responses, max_completion_length=task.longest_response, epsilon=0.2,
+            epsilon_high=0.2, delta=10.0,
         ),
         train_dataset=datasets.Dataset.from_dict({"prompt": ["w5"] * 64}),
         processing_class=AutoTokenizer.from_pretrained(task.model),
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
-    model = trainer.model.train()
-    parameters[:] = model.parameters()
+    trainer.model.train()
+    return trainer
 
-    def loss(groups: Groups) -> torch.Tensor:
-        ids, attention = padded_batch(groups)
-        prompt = len(groups.prompts[0])
-        return trainer._compute_loss(
-            model,
-            {
-                "prompt_ids": ids[:, :prompt], "prompt_mask": attention[:, :prompt],
-                "completion_ids": ids[:, prompt:], "completion_mask": attention[:, prompt:],
-                "advantages": torch.from_numpy(groups.advantages),
-            },
-        )  # fmt: skip
 
-    return loss
+def trl_inputs(groups: Groups) -> dict[str, torch.Tensor]:
+    """What its loss wants to know of the groups."""
+    ids, attention = padded_batch(groups)
+    prompt = len(groups.prompts[0])
+    return {
+        "prompt_ids": ids[:, :prompt], "prompt_mask": attention[:, :prompt], "completion_ids": ids[:, prompt:],
+        "completion_mask": attention[:, prompt:], "advantages": torch.from_numpy(groups.advantages),
+    }  # fmt: skip
+
+
+def trl(task: Task, *, head_at_responses: bool) -> Callable[[Groups], torch.Tensor]:
+    """`trl.GRPOTrainer`'s own loss."""
+    trainer = trl_trainer(task, head_at_responses=head_at_responses)
+    parameters[:] = trainer.model.parameters()
+    return lambda groups: trainer._compute_loss(trainer.model, trl_inputs(groups))
 
 
 def padded_batch(groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:

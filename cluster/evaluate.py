@@ -181,7 +181,7 @@ def reasoning_result(
     }
     figures = chain_metrics(scores.chains, minimum_think_tokens=settings.train.minimum_think_tokens)
     metrics |= {f"chains/{name}": value for name, value in figures.items()}
-    metrics |= {f"pass@{k}": pass_at_k(scores.hits, k) for k in (1, 5, 10) if k <= chains}
+    metrics |= {f"pass@{k}": pass_at_k(scores.hits.reshape(-1, chains), k) for k in (1, 5, 10) if k <= chains}
     return ModeResult(metrics, ranked, batch)
 
 
@@ -221,7 +221,7 @@ def example_recommendations(corpus: Corpus, prompts: RolloutPrompts, results: di
         for mode, result in shown.items():
             lines.append(f"- {mode}: {'; '.join(titles[item] for item in result.ranked_UK[user, :5] if item >= 0)}")
         if chains is not None:
-            chain = chains.responses[user * chains.group_size]
+            chain = chains.responses_of(user)[0]
             text = chain[: int(np.nonzero(chain == corpus.builder.tokens.answer_open)[0][0])].tolist()
             lines.append(f"- a chain: {with_titles(corpus.tokenizer.decode(text), corpus)}")
         parts.append("\n".join(lines) + "\n")

@@ -134,6 +134,10 @@ class ObjectiveSection(Section):
         "per_mode",
         description="Token mean inside each mode, weighted by prompts; over all tokens; GRPO's; or Dr.GRPO's.",
     )
+    valid_mass_coefficient: float = Field(
+        0.0, ge=0,
+        description="Weight of the log valid mass inside semantic IDs, an auxiliary gain; above 0 it is measured.",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _clips_fit(self) -> ObjectiveSection:
@@ -167,6 +171,15 @@ class TrainSettings(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of the learner's weights and activations; with bfloat16 it keeps float32 masters."
     )
+    offload_optimizer: bool = Field(
+        False, description="Keep the optimizer's state in the host's memory and step there (train.zero_stage 1 to 3)."
+    )
+    low_rank: LowRankSection | None = Field(
+        None, description="Train low-rank weights (LoRA), their base being the reference; null trains all weights."
+    )
+    measure_valid_mass: bool = Field(
+        False, description="Report how much of the unconstrained distribution lies on allowed tokens; costs the head."
+    )
     maximum_skipped_steps: int = Field(
         3,
         ge=0,
@@ -178,7 +191,13 @@ class TrainSettings(Section):
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="The token-level objective.")
 
     @model_validator(mode="after")
-    def _zero_keeps_masters(self) -> TrainSettings:
+    def _parts_fit(self) -> TrainSettings:
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError("train.dtype bfloat16 needs train.zero_stage 1, 2 or 3")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("train.offload_optimizer needs train.zero_stage 1, 2 or 3")
+        if self.low_rank is not None and self.zero_stage == 3:
+            raise ValueError("train.low_rank works with train.zero_stage 0, 1 and 2")
+        if self.low_rank is not None and self.low_rank.dropout:
+            raise ValueError("train.low_rank.dropout must be 0: under dropout learner and sampler are two policies")
         return self

@@ -38,7 +38,10 @@ def compare_probes(
     before: dict[str, ScoredResponses], after: dict[str, ScoredResponses], *, seed: int
 ) -> dict[str, dict[str, float]]:
     """Mean rewards before and after, paired by prompt, with a 95 % bootstrap interval; per mode and over both."""
-    pairs = {mode: (before[mode].rewards.mean(axis=1), after[mode].rewards.mean(axis=1)) for mode in before}
+    pairs = {
+        mode: tuple(scores[mode].rewards.reshape(-1, PROBE_RESPONSES).mean(axis=1) for scores in (before, after))
+        for mode in before
+    }
     if len(pairs) > 1:
         first, last = zip(*pairs.values(), strict=True)
         pairs["both modes"] = (np.mean(first, axis=0), np.mean(last, axis=0))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 
 from actors.learner import ENVIRONMENT as LEARNER_ENVIRONMENT
@@ -18,6 +17,7 @@ from actors.rollout import ENVIRONMENT as ROLLOUT_ENVIRONMENT
 from actors.rollout import RolloutActor
 from cluster.placement import await_ready, await_result, engines_placed, in_bundle
 from cluster.settings import Settings
+from item_index.ragged import RaggedArray
 from learner.rollouts import RolloutPrompts
 
 
@@ -42,9 +42,9 @@ class SrpoActors:
         version = await_result(self.rollout.update_weights.remote(*exported[0]), "the weight transfer", self.seconds)
         return int(version)
 
-    def update(self, members: list[tuple[int, int]], advantages_GN: np.ndarray, batches: list[ray.ObjectRef]) -> dict:
+    def update(self, members: list[tuple[int, int]], advantages: RaggedArray, batches: list[ray.ObjectRef]) -> dict:
         """One update of the policy by all ranks; returns its metrics."""
-        calls = [rank.update.remote(members, advantages_GN, *batches) for rank in self.learner]
+        calls = [rank.update.remote(members, advantages, *batches) for rank in self.learner]
         metrics = {
             rank: await_result(call, f"the update of learner rank {rank}", self.seconds)
             for rank, call in enumerate(calls)
@@ -76,9 +76,11 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
                     "learning_rate": train.learning_rate, "weight_decay": train.weight_decay,
                     "warm_up_steps": train.warm_up_steps, "total_steps": train.steps, "schedule": "constant",
                     "gradient_clip": train.gradient_clip, "zero_stage": train.zero_stage, "dtype": train.dtype,
+                    "offload_optimizer": train.offload_optimizer,
                     "maximum_skipped_steps": train.maximum_skipped_steps,
                 },
                 seed=settings.seed, threads=cluster.threads, rank=rank, ranks=train.ranks, meeting_place=meeting,
+                low_rank=None if train.low_rank is None else train.low_rank.model_dump(),
             )
             for rank, place in enumerate(places)
         ]  # fmt: skip
@@ -91,7 +93,7 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
             rank.prepare_srpo.remote(
                 index, train.objective.model_dump(), temperature=train.temperature,
                 mini_batch_prompts=train.mini_batch_prompts, micro_batch_tokens=train.micro_batch_tokens,
-                epochs=train.epochs, seed=settings.seed,
+                epochs=train.epochs, seed=settings.seed, measure_valid_mass=train.measure_valid_mass,
             )
             for rank in learner
         ]  # fmt: skip

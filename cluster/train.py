@@ -26,6 +26,7 @@ from cluster.srpo_actors import SrpoActors, srpo_actors
 from cluster.tracking import Tracker
 from curriculum.corpus import Corpus
 from item_index.constraint import MODES
+from item_index.ragged import RaggedArray
 from learner.advantages import group_advantages, groups_with_variance
 from rewards.chains import chain_metrics
 
@@ -136,12 +137,16 @@ class SrpoLoop:
             with timers("rewards"):
                 scores: ScoredResponses = await_result(actors.reward.score.remote(batch), "the rewards", actors.seconds)
             scored.append((prompts.reasoning, scores))
-            varied = groups_with_variance(torch.tensor(scores.rewards)).numpy()
+            varied = groups_with_variance(
+                torch.from_numpy(scores.rewards), torch.from_numpy(scores.group_sizes)
+            ).numpy()
+            ends = np.cumsum(scores.group_sizes)[:-1]
+            rewards_of, hits_of = np.split(scores.rewards, ends), np.split(scores.hits, ends)
             for mode in wanted:
                 self.kept_share[mode] = float(varied[prompts.reasoning == mode].mean())
             groups += [
-                ScoredGroup(batch, int(place), bool(prompts.reasoning[place]), self.version, scores.rewards[place],
-                            scores.hits[place])
+                ScoredGroup(batch, int(place), bool(prompts.reasoning[place]), self.version, rewards_of[place],
+                            hits_of[place])
                 for place in np.nonzero(varied)[0]
             ]  # fmt: skip
         chosen = [
@@ -154,9 +159,11 @@ class SrpoLoop:
                 "raise train.responses or train.temperature, or train the supervised stage for longer"
             )
 
-        advantages_GN = group_advantages(
-            torch.from_numpy(np.stack([group.rewards for group in chosen])),
-            torch.from_numpy(np.stack([group.hits for group in chosen])),
+        rewards = RaggedArray.of([group.rewards for group in chosen], np.float32)
+        advantages_R = group_advantages(
+            torch.from_numpy(rewards.values),
+            torch.from_numpy(np.concatenate([group.hits for group in chosen])),
+            torch.from_numpy(rewards.lengths),
             train.advantages,
             k=train.pass_k,
         )
@@ -164,7 +171,7 @@ class SrpoLoop:
             batches = list({group.batch: None for group in chosen})
             number = {batch: place for place, batch in enumerate(batches)}
             members = [(number[group.batch], group.place) for group in chosen]
-            learnt = actors.update(members, advantages_GN.numpy(), batches)
+            learnt = actors.update(members, RaggedArray(advantages_R.numpy(), rewards.offsets), batches)
         with timers("weights"):
             self.version = actors.transfer_weights()
         total = time.perf_counter() - started
@@ -186,12 +193,14 @@ class SrpoLoop:
 def rollout_metrics(scored: list[tuple[np.ndarray, ScoredResponses]], *, minimum_think_tokens: int) -> dict[str, float]:
     """Means over all generated groups, by mode, and under `chains/` what the reasoning chains are made of."""
     metrics: dict[str, float] = {}
-    reasoning = np.concatenate([flags for flags, _ in scored])
+    reasoning_G = np.concatenate([flags for flags, _ in scored])
 
     def column(name: str) -> np.ndarray:
         return np.concatenate([getattr(scores, name) for _, scores in scored])
 
-    rewards = column("rewards")
+    rewards, sizes_G = column("rewards"), column("group_sizes")
+    reasoning = np.repeat(reasoning_G, sizes_G)
+    varied_G = groups_with_variance(torch.from_numpy(rewards), torch.from_numpy(sizes_G)).numpy()
     metrics["reward"] = float(rewards.mean())
     metrics["valid_rate"] = float(column("valid").mean())
     for flag, mode in enumerate(MODES):
@@ -203,9 +212,7 @@ def rollout_metrics(scored: list[tuple[np.ndarray, ScoredResponses]], *, minimum
         metrics[f"{mode}/valid_rate"] = float(column("valid")[rows].mean())
         metrics[f"{mode}/well_formed_rate"] = float(column("well_formed")[rows].mean())
         metrics[f"{mode}/response_tokens"] = float(column("lengths")[rows].mean())
-        metrics[f"{mode}/groups_with_variance"] = float(
-            groups_with_variance(torch.from_numpy(rewards[rows])).float().mean()
-        )
+        metrics[f"{mode}/groups_with_variance"] = float(varied_G[reasoning_G == bool(flag)].mean())
     metrics["forced_close_rate"] = float(column("forced")[reasoning].mean()) if reasoning.any() else 0.0
     chains = chain_metrics(column("chains")[reasoning], minimum_think_tokens=minimum_think_tokens)
     return metrics | {f"chains/{name}": value for name, value in chains.items()}

@@ -245,8 +245,9 @@ class AnswerConstraint:
         free_text = np.where(at_boundary & ~forced, phase, -1).astype(np.int8)
         return AllowedTokens(free_text, RaggedArray(listed[order], np.concatenate([[0], np.cumsum(counts)])))
 
-    def advance(self, states: ConstraintStates, next_tokens: np.ndarray) -> None:
-        """Take one token in every state, in place. Raises ConstraintViolation for a token that is not allowed."""
+    def advance(self, states: ConstraintStates, next_tokens: np.ndarray, *, numbers: np.ndarray | None = None) -> None:
+        """Take one token in every state, in place. Raises ConstraintViolation for a token that is not allowed, which
+        names the response by its place, or by its own number where `numbers` are given."""
         tokens, trie = self.tokens, self.trie
         next_tokens = np.asarray(next_tokens, dtype=np.int64)
         if next_tokens.size and (next_tokens.min() < 0 or next_tokens.max() >= tokens.vocabulary_size):
@@ -280,9 +281,11 @@ class AnswerConstraint:
         legal = down | plain | think_closes | answer_opens | answer_ends | finishes
         if not legal.all():
             row = int(np.nonzero(~legal)[0][0])
+            number = row if numbers is None else int(numbers[row])
             raise ConstraintViolation(
-                f"response {row}: token {int(next_tokens[row])} is not allowed in phase {Phase(int(phase[row])).name} "
-                f"at trie node {int(node[row])} with {int(states.remaining[row])} tokens left"
+                f"response {number}: token {int(next_tokens[row])} is not allowed in phase "
+                f"{Phase(int(phase[row])).name} at trie node {int(node[row])} with {int(states.remaining[row])} tokens "
+                "left"
             )
         new_phase = phase.copy()
         new_phase[think_closes] = Phase.REWRITE
@@ -305,7 +308,7 @@ class AnswerConstraint:
             free_text.append(allowed.free_text)
             listed.append(allowed.listed)
             places.append(at)
-            self.advance(now, responses.values[at])
+            self.advance(now, responses.values[at], numbers=rows)
             states.put(rows, now)
         if not places:
             return AllowedTokens(np.zeros(0, np.int8), RaggedArray.of([], np.int64))

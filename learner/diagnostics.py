@@ -43,15 +43,21 @@ class Diagnostics:
             ):  # fmt: skip
                 self.extremes[name] = max(self.extremes[name], float(value))
 
+    def add_valid_mass(self, log_mass_C: Tensor) -> None:
+        """Take in the log valid mass of a micro-batch's places inside semantic IDs, those without a choice as well."""
+        self._count("valid_mass", log_mass_C.exp())
+        self._count("log_valid_mass", log_mass_C)
+
     def _count(self, name: str, values: Tensor) -> None:
         self.sums[name] += float(values.sum())
         self.counts[name] += values.numel()
 
-    def over_ranks(self, engine: LearnerEngine) -> dict[str, float]:
+    def over_ranks(self, engine: LearnerEngine, *, measured_valid_mass: bool) -> dict[str, float]:
         """The means and extremes of all ranks, which all have to call this."""
         names = [
             "ratio", "importance", "importance_truncated", "clipped", "dual_clipped", "kl", "sampler_ratio",
             "entropy_estimate", "entropy_estimate_free_text", "entropy_estimate_constrained",
+            *(("valid_mass", "log_valid_mass") if measured_valid_mass else ()),
         ]  # fmt: skip
         sums = engine.totals([self.loss, *(self.sums[name] for name in names), *(self.counts[name] for name in names)])
         largest = dict(zip(self.extremes, engine.maxima(list(self.extremes.values())), strict=True))

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch.distributed
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
+from learner.low_rank import merged_weights
 from learner.policy import Policy
 
 Schedule = Literal["cosine", "constant"]
@@ -73,6 +74,7 @@ class LearnerEngine:
         weight_decay, gradient_clip: AdamW's decay; clip of the global gradient norm.
         zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
         dtype: of weights and activations; the optimizer keeps float32 masters of bfloat16 weights (ZeRO 1 to 3).
+        offload_optimizer: keep the optimizer's state in the host's memory and step there (ZeRO 1 to 3).
         maximum_skipped_steps: steps in a row without a finite gradient after which `step` raises.
     """
 
@@ -88,6 +90,7 @@ class LearnerEngine:
         gradient_clip: float,
         zero_stage: int,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        offload_optimizer: bool = False,
         maximum_skipped_steps: int = 3,
     ) -> None:
         if dtype == "bfloat16":
@@ -116,8 +119,12 @@ class LearnerEngine:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": gradient_clip if zero_stage else 0.0,
-                "zero_optimization": {"stage": zero_stage},
+                "zero_optimization": {
+                    "stage": zero_stage,
+                    **({"offload_optimizer": {"device": "cpu"}} if offload_optimizer else {}),
+                },
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own AdamW would be compiled for a minute
                 "bf16": {"enabled": dtype == "bfloat16"},
                 "steps_per_print": 10**9,
             },
@@ -180,13 +187,13 @@ class LearnerEngine:
         return values.tolist()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The language model's weights on the CPU, a tied head left out.
+        """The language model's weights on the CPU, low-rank ones merged in, a tied head left out.
 
         Under ZeRO 3 every rank has to call this; parameters are gathered one by one, and only rank 0 keeps them.
         """
         model = self.engine.module.language_model
         if self.engine.zero_optimization_stage() < 3:
-            named = model.state_dict()
+            named = merged_weights(model)
         else:
             named = {}
             for name, weight in model.named_parameters():

@@ -65,6 +65,18 @@ def allowed_log_probabilities(
     return result
 
 
+def log_valid_masses(
+    hidden_CH: Tensor, head_VH: Tensor, targets_C: Tensor, allowed_C: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """log Z [C]: how much of the distribution over the whole vocabulary lies on the allowed tokens.
+
+    It is the target's log-probability over the vocabulary less `allowed_C`, the one over its allowed set, because
+    p_allowed = p / Z. Gradients flow through both.
+    """
+    whole_C = _vocabulary_log_probabilities(hidden_CH, head_VH, targets_C, _Free(), temperature=temperature)
+    return whole_C - allowed_C
+
+
 class _Listed:
     """The listed tokens of some positions: `token_N` is allowed at position `row_N` of them."""
 

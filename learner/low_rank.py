@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import peft
 import torch
-
-from learner.policy import load_language_model
 
 ADAPTER = "default"
 
@@ -24,14 +24,21 @@ class LowRankSettings:
     modules: tuple[str, ...]
 
 
-def add_low_rank_weights(model: Any, settings: LowRankSettings, *, known_tokens: int) -> Any:
-    """Freeze the model except for low-rank weights in the named modules and embedding rows from `known_tokens` on.
+def add_low_rank_weights(model: Any, settings: LowRankSettings, *, known_tokens: int | None) -> Any:
+    """Freeze the model except for low-rank weights in the named modules and embedding rows from `known_tokens` on;
+    None freezes all rows.
 
     Rows of known tokens keep their values: their gradient is zero, and they are exempt from weight decay. Works in
     place and returns the model, whose structure stays (layers are not wrapped as a whole).
     """
     # peft's settings object names modules of the whole model; injected in place, so that callers see the same model.
-    model = peft.inject_adapter_in_model(_peft_settings(settings), model, adapter_name=ADAPTER)
+    adapter = peft.LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
+        target_modules=list(settings.modules), bias="none",
+    )  # fmt: skip
+    model = peft.inject_adapter_in_model(adapter, model, adapter_name=ADAPTER)
+    if known_tokens is None:
+        return model
     embeddings = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings().weight
     if head is not embeddings[0]:
@@ -47,31 +54,31 @@ def add_low_rank_weights(model: Any, settings: LowRankSettings, *, known_tokens:
     return model
 
 
-def merged_language_model(path: str, settings: LowRankSettings, weights: dict[str, torch.Tensor]) -> Any:
-    """The model at `path` with trained weights (as `LearnerEngine.weights` names them), low-rank ones merged in."""
-    adapted: Any = peft.inject_adapter_in_model(
-        _peft_settings(settings), load_language_model(path), adapter_name=ADAPTER
-    )
-    adapted.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False)
-    adapted.tie_weights()
-    merged = {}
-    for name, module in adapted.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            layer: Any = module  # peft types neither method
-            base = layer.get_base_layer().weight
-            merged[f"{name}.weight"] = base.detach() + layer.get_delta_weight(ADAPTER).detach()
-    kept = {
-        name.replace(".base_layer.", "."): weight
-        for name, weight in adapted.state_dict().items()
-        if ".lora_" not in name
+def merged_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The state of a plain model that computes what this one does: low-rank weights, if there are any, merged in."""
+    weights = {
+        name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items() if ".lora_" not in name
     }
-    model = load_language_model(path)
-    model.load_state_dict(kept | merged)
-    return model
+    for name, layer in _low_rank_layers(model):
+        base = layer.get_base_layer().weight.detach()
+        merged = base.float() + layer.get_delta_weight(ADAPTER).detach().float()
+        weights[f"{name}.weight"] = merged.to(base.dtype)
+    return weights
 
 
-def _peft_settings(settings: LowRankSettings) -> peft.LoraConfig:
-    return peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-        target_modules=list(settings.modules), bias="none",
-    )  # fmt: skip
+@contextmanager
+def without_low_rank_weights(model: Any) -> Iterator[None]:
+    """Within it the model computes what it did before low-rank weights were added, known rows of embeddings included
+    only where those are frozen. Not for gradients."""
+    layers = [layer for _, layer in _low_rank_layers(model)]
+    for layer in layers:
+        layer.scale_layer(0.0)  # switching the adapters off would take their gradients from DeepSpeed
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unscale_layer()
+
+
+def _low_rank_layers(model: Any) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]

@@ -36,6 +36,8 @@ class ObjectiveSettings:
         kl_coefficient: of the k3 estimate of the divergence from the reference policy.
         importance_cap: truncation of exp(old - mu).
         token_mean: see `token_weights`.
+        valid_mass_coefficient: weight of the mean log valid mass at places inside semantic IDs, which is added to what
+            is maximised: how much of the unconstrained distribution lies on allowed tokens.
 
     Raises:
         ValueError: a constant outside its range.
@@ -47,6 +49,7 @@ class ObjectiveSettings:
     kl_coefficient: float = 0.001
     importance_cap: float = 2.0
     token_mean: TokenMean = "per_mode"
+    valid_mass_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low < 1:
@@ -57,6 +60,8 @@ class ObjectiveSettings:
             raise ValueError(f"dual_clip must be above 1 + clip_high = {1 + self.clip_high}, got {self.dual_clip}")
         if self.kl_coefficient < 0:
             raise ValueError(f"kl_coefficient must not be negative, got {self.kl_coefficient}")
+        if self.valid_mass_coefficient < 0:
+            raise ValueError(f"valid_mass_coefficient must not be negative, got {self.valid_mass_coefficient}")
         if self.importance_cap <= 0:
             raise ValueError(f"importance_cap must be positive, got {self.importance_cap}")
         if self.token_mean not in TOKEN_MEANS:

@@ -33,10 +33,14 @@ MASKED_TOKENS = 300
 
 
 class PackedPart(Protocol):
-    """Consecutive tokens of a packed sequence that attend to one another alone; `span` is the first and the end."""
+    """Consecutive tokens of a packed sequence that attend to one another alone; `span` is the first and the end, and
+    `padding` counts the places beside them in their attention."""
 
     @property
     def span(self) -> tuple[int, int]: ...
+
+    @property
+    def padding(self) -> int: ...
 
     def attend(
         self, query_HTD: Tensor, key_HTD: Tensor, value_HTD: Tensor, *, scaling: float | None, dropout: float
@@ -76,6 +80,11 @@ class RowBucket:
             gather = torch.from_numpy(np.where(valid, starts[:, None] + place, starts[:, None]).reshape(-1))
             keep = torch.from_numpy(np.flatnonzero(valid))
         return cls((start, start + int(lengths.sum())), len(lengths), longest, gather, keep)
+
+    @property
+    def padding(self) -> int:
+        """See `PackedPart`."""
+        return self.rows * self.longest - (self.span[1] - self.span[0])
 
     def padded(self, states_HTD: Tensor) -> Tensor:
         """[rows, heads, longest, D] of the span's states [heads, tokens, D]; what stands in padding has no meaning."""
@@ -147,6 +156,11 @@ class PackedGroup:
             mask = (segment == segment[:, None]) | (segment == 0)
             mask &= torch.ones(tokens, tokens, dtype=torch.bool).tril()
         return cls((start, start + tokens), prompt, responses, mask)
+
+    @property
+    def padding(self) -> int:
+        """See `PackedPart`."""
+        return 0 if self.responses is None or self.mask is not None else self.responses.padding
 
     def attend(
         self, query_HTD: Tensor, key_HTD: Tensor, value_HTD: Tensor, *, scaling: float | None, dropout: float

@@ -37,6 +37,11 @@ class PackedBatch:
     position_T: torch.Tensor
     targets_T: torch.Tensor
 
+    @property
+    def attended_places(self) -> int:
+        """Tokens and the padding beside them in attention; nothing else is padded."""
+        return self.input_ids.numel() + sum(part.padding for part in self.parts)
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same on another device."""
         if torch.device(device).type == "cpu":

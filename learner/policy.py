@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from item_index.constraint import AllowedTokens
 from item_index.input_error import InputError
-from learner.log_probabilities import allowed_log_probabilities, full_vocabulary_log_probabilities
+from learner.log_probabilities import (
+    allowed_log_probabilities,
+    full_vocabulary_log_probabilities,
+    log_valid_masses,
+)
 from learner.packed_attention import PACKED
 from learner.packing import PackedBatch
 
@@ -90,8 +95,13 @@ class Policy(nn.Module):
         allowed: AllowedTokens | None = None,
         free_text_masks: torch.Tensor | None = None,
         temperature: float = 1.0,
-    ) -> torch.Tensor:
-        """float32 [T]: over the allowed sets where they are given, over the whole vocabulary otherwise."""
+        *,
+        valid_mass: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """float32 [T]: over the allowed sets where they are given, over the whole vocabulary otherwise.
+
+        With `valid_mass` also the log valid mass [C] of the places inside semantic IDs, in their order.
+        """
         implementation = self.language_model.config._attn_implementation
         if implementation != PACKED:
             raise ValueError(f"packed batches need a model with {PACKED} attention, and this one has {implementation}")
@@ -102,6 +112,12 @@ class Policy(nn.Module):
         head_VH = self.language_model.get_output_embeddings().weight
         if allowed is None or free_text_masks is None:
             return full_vocabulary_log_probabilities(hidden_TH, head_VH, batch.targets_T)
-        return allowed_log_probabilities(
+        values_T = allowed_log_probabilities(
             hidden_TH, head_VH, batch.targets_T, allowed, free_text_masks, temperature=temperature
+        )
+        if not valid_mass:
+            return values_T
+        inside = torch.from_numpy(np.flatnonzero(allowed.free_text < 0)).to(values_T.device)
+        return values_T, log_valid_masses(
+            hidden_TH[inside], head_VH, batch.targets_T[inside], values_T[inside], temperature=temperature
         )

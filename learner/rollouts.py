@@ -46,34 +46,53 @@ class RolloutPrompts:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """G groups of N responses each; response r belongs to group r // N.
+    """G groups of responses, which lie group after group; groups may differ in size.
 
     Attributes:
-        responses: int32 tokens, one row per response [G * N], the end of sequence included.
+        group_sizes: int64 [G], responses of each group, at least one.
+        responses: int32 tokens, one row per response [R], the end of sequence included.
         log_probabilities: float32, the sampler's own (mu), over the allowed sets, beside `responses`.
         weight_versions: int64 [G], version of the weights that sampled the group.
         index_version: version of the semantic-ID index.
     """
 
     prompts: RolloutPrompts
+    group_sizes: np.ndarray
     responses: RaggedArray
     log_probabilities: RaggedArray
     weight_versions: np.ndarray
     index_version: str
 
+    def __post_init__(self) -> None:
+        if len(self.group_sizes) != len(self.prompts) or (self.group_sizes < 1).any():
+            raise ValueError(f"{len(self.prompts)} groups cannot have the sizes {self.group_sizes.tolist()[:8]}")
+        if int(self.group_sizes.sum()) != len(self.responses):
+            raise ValueError(f"groups of {int(self.group_sizes.sum())} responses, but there are {len(self.responses)}")
+
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
-    def group_size(self) -> int:
-        """N, responses per group."""
-        return len(self.responses) // max(len(self.prompts), 1)
+    def group_of_response(self) -> np.ndarray:
+        """int64 [R]."""
+        return np.repeat(np.arange(len(self)), self.group_sizes)
+
+    @property
+    def group_starts(self) -> np.ndarray:
+        """int64 [G + 1]: the responses of group g are those from `group_starts[g]` to `group_starts[g + 1]`."""
+        return np.concatenate([[0], np.cumsum(self.group_sizes)]).astype(np.int64)
+
+    def responses_of(self, group: int) -> list[np.ndarray]:
+        """The responses of one group."""
+        starts = self.group_starts
+        return [self.responses[row] for row in range(int(starts[group]), int(starts[group + 1]))]
 
     def select(self, groups: np.ndarray) -> RolloutBatch:
         """Some groups with all their responses."""
-        rows = (np.asarray(groups, dtype=np.int64)[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
+        rows = RaggedArray(np.arange(len(self.responses)), self.group_starts).select(groups).values
         return RolloutBatch(
             self.prompts.select(groups),
+            self.group_sizes[groups],
             self.responses.select(rows),
             self.log_probabilities.select(rows),
             self.weight_versions[groups],
@@ -82,11 +101,12 @@ class RolloutBatch:
 
     @staticmethod
     def concatenate(parts: Sequence[RolloutBatch]) -> RolloutBatch:
-        """All groups of all parts. Raises ValueError when they differ in index version or group size."""
-        if len({part.index_version for part in parts}) != 1 or len({part.group_size for part in parts}) != 1:
-            raise ValueError("rollouts of different index versions or group sizes cannot be put into one batch")
+        """All groups of all parts. Raises ValueError when they differ in index version."""
+        if len({part.index_version for part in parts}) != 1:
+            raise ValueError("rollouts of different index versions cannot be put into one batch")
         return RolloutBatch(
             RolloutPrompts.concatenate([part.prompts for part in parts]),
+            np.concatenate([part.group_sizes for part in parts]),
             RaggedArray.concatenate([part.responses for part in parts]),
             RaggedArray.concatenate([part.log_probabilities for part in parts]),
             np.concatenate([part.weight_versions for part in parts]),

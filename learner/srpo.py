@@ -18,6 +18,7 @@ from torch import Tensor
 from item_index.constraint import AllowedTokens, AnswerConstraint
 from learner.diagnostics import Diagnostics
 from learner.engine import LearnerEngine
+from learner.low_rank import without_low_rank_weights
 from learner.objective import ObjectiveSettings, token_losses, token_weights
 from learner.packing import PLACEHOLDER, PackedBatch, balanced_micro_batches, pack_groups, pack_rows, packed_length
 from learner.policy import Policy
@@ -34,7 +35,7 @@ class AllowedResponses:
 
 def allowed_in(batch: RolloutBatch, constraint: AnswerConstraint) -> AllowedResponses:
     """Recompute the allowed sets of every response token (nothing of them is shipped with the rollouts)."""
-    group_R = np.repeat(np.arange(len(batch)), batch.group_size)
+    group_R = batch.group_of_response
     prompts = batch.prompts
     states = constraint.start(
         ["reasoning" if prompts.reasoning[group] else "direct" for group in group_R],
@@ -61,20 +62,15 @@ class MicroBatch:
 
 def micro_batch(batch: RolloutBatch, groups: np.ndarray, allowed: AllowedTokens) -> MicroBatch:
     """Some groups of a batch; `allowed` are the allowed sets of all tokens of the batch."""
-    n, offsets = batch.group_size, batch.responses.offsets
-    packed = pack_groups(
-        [(batch.prompts.tokens[int(g)], [batch.responses[int(g) * n + i] for i in range(n)]) for g in groups]
-    )
-    at_T = np.concatenate([np.arange(offsets[g * n], offsets[(g + 1) * n]) for g in groups])
+    packed = pack_groups([(batch.prompts.tokens[int(group)], batch.responses_of(int(group))) for group in groups])
+    first = batch.responses.offsets[batch.group_starts]
+    at_T = np.concatenate([np.arange(first[group], first[group + 1]) for group in groups])
     return MicroBatch(packed, at_T, allowed.select(at_T))
 
 
 def shares(batch: RolloutBatch, groups: np.ndarray, *, ranks: int, token_budget: int) -> list[list[np.ndarray]]:
     """Groups by rank and micro-batch; every rank has the same number of micro-batches, some of which may be empty."""
-    n = batch.group_size
-    lengths = [
-        packed_length(batch.prompts.tokens[int(g)], [batch.responses[int(g) * n + i] for i in range(n)]) for g in groups
-    ]
+    lengths = [packed_length(batch.prompts.tokens[int(group)], batch.responses_of(int(group))) for group in groups]
     plan = balanced_micro_batches(lengths, ranks=ranks, token_budget=token_budget)
     return [[groups[places] for places in of_rank] for of_rank in plan]
 
@@ -98,23 +94,27 @@ class GroupPolicyLearner:
     """The policy under training, its frozen reference, and the constraint under which both are read.
 
     Args:
+        reference: the frozen reference; None is the policy without its low-rank weights.
         mini_batch_prompts: groups of one optimizer step, of all ranks together.
         micro_batch_tokens: packed tokens of one forward pass of a rank at most; a longer group goes alone.
         epochs: how often a step goes through its mini-batches, each time in a new order.
+        measure_valid_mass: report the valid mass, which costs the whole output head inside semantic IDs.
     """
 
     def __init__(
-        self, engine: LearnerEngine, reference: Policy, constraint: AnswerConstraint, objective: ObjectiveSettings, *,
-        temperature: float, mini_batch_prompts: int, micro_batch_tokens: int, seed: int, epochs: int = 1,
+        self, engine: LearnerEngine, reference: Policy | None, constraint: AnswerConstraint,
+        objective: ObjectiveSettings, *, temperature: float, mini_batch_prompts: int, micro_batch_tokens: int,
+        seed: int, epochs: int = 1, measure_valid_mass: bool = False,
     ) -> None:  # fmt: skip
         self.engine = engine
-        self.reference = reference.requires_grad_(False).to(engine.device).eval()
+        self.reference = None if reference is None else reference.requires_grad_(False).to(engine.device).eval()
         self.constraint = constraint
         self.objective = objective
         self.temperature = temperature
         self.mini_batch_prompts = mini_batch_prompts
         self.micro_batch_tokens = micro_batch_tokens
         self.epochs = epochs
+        self.valid_mass = measure_valid_mass or objective.valid_mass_coefficient > 0
         self.generator = np.random.default_rng(seed)
         self.free_text_masks = torch.from_numpy(constraint.free_text_masks).to(engine.device)
 
@@ -124,6 +124,7 @@ class GroupPolicyLearner:
         Returns means over the optimizer steps of the token means of the diagnostics, over positions with a choice.
         """
         started = time.perf_counter()
+        self.engine.engine.eval()
         allowed = allowed_in(batch, self.constraint).allowed
         order = self.generator.permutation(len(batch))
         mini_batches = [order[i : i + self.mini_batch_prompts] for i in range(0, len(order), self.mini_batch_prompts)]
@@ -131,9 +132,8 @@ class GroupPolicyLearner:
         on_policy = len(mini_batches) == self.epochs == 1
         with torch.no_grad():  # not inference mode: ZeRO 3 keeps parameters that it gathers
             for part in (part for parts in parts_of for part in parts if part is not None):
-                part.reference_T = self._log_probabilities(self.reference, part)
+                part.reference_T = self._reference(part)
                 if not on_policy:
-                    self.engine.engine.eval()
                     part.old_T = self._log_probabilities(self.engine.policy, part)
         prepared = time.perf_counter()
 
@@ -142,14 +142,19 @@ class GroupPolicyLearner:
             for number in self.generator.permutation(len(mini_batches)):
                 steps.append(self._step(batch, mini_batches[number], parts_of[number], allowed, advantages_R))
         ended = time.perf_counter()
-        tokens = self.epochs * sum(
-            int(part.packed.input_ids.numel()) for parts in parts_of for part in parts if part is not None
+        of_rank = [None if part is None else part.packed for parts in parts_of for part in parts]
+        tokens, places = self.engine.totals(
+            [
+                float(sum(packed.input_ids.numel() for packed in of_rank if packed is not None)),
+                float(sum(len(PLACEHOLDER[0]) if packed is None else packed.attended_places for packed in of_rank)),
+            ]
         )
         metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
         return {
             **metrics,
             "skipped_steps": float(sum(step["skipped"] for step in steps)),
-            "tokens_per_second": self.engine.totals([float(tokens)])[0] / (ended - prepared),
+            "tokens_per_second": self.epochs * tokens / (ended - prepared),
+            "padding_share": 1 - tokens / places,
             "seconds/old_and_reference": prepared - started,
             "seconds/steps": ended - prepared,
         }
@@ -167,24 +172,22 @@ class GroupPolicyLearner:
         """float32 [T] under a policy."""
         return policy(part.packed, part.allowed, self.free_text_masks, self.temperature)
 
+    def _reference(self, part: MicroBatch) -> Tensor:
+        """float32 [T] under the reference."""
+        if self.reference is not None:
+            return self._log_probabilities(self.reference, part)
+        with without_low_rank_weights(self.engine.engine.module):
+            return self._log_probabilities(self.engine.policy, part)
+
     def _step(
         self, batch: RolloutBatch, groups: np.ndarray, parts: list[MicroBatch | None], allowed: AllowedTokens,
         advantages_R: np.ndarray,
     ) -> dict[str, float]:  # fmt: skip
         """One optimizer step on a mini-batch; returns its diagnostics."""
-        n, lengths_R, device = batch.group_size, batch.responses.lengths, self.engine.device
-        in_mini = np.zeros(len(batch), dtype=bool)
-        in_mini[groups] = True
-        in_mini_tokens = np.repeat(np.repeat(in_mini, n), lengths_R)
-        mode_tokens = np.repeat(np.repeat(batch.prompts.reasoning, n), lengths_R).astype(np.int64)
-        reasoning_share = float(batch.prompts.reasoning[groups].mean())
-        weights = torch.zeros(len(in_mini_tokens))
-        weights[torch.from_numpy(in_mini_tokens)] = token_weights(
-            torch.from_numpy(mode_tokens[in_mini_tokens]), torch.from_numpy(allowed.has_choice[in_mini_tokens]),
-            (1 - reasoning_share, reasoning_share), self.objective.token_mean,
-            response_T=torch.from_numpy(np.repeat(np.arange(len(lengths_R)), lengths_R)[in_mini_tokens]),
-            longest=int(batch.prompts.budgets[groups].max()),
-        )  # fmt: skip
+        lengths_R, device = batch.responses.lengths, self.engine.device
+        in_mini_T = np.isin(np.repeat(batch.group_of_response, lengths_R), groups)
+        weights = self._token_weights(batch, groups, in_mini_T, allowed)
+        constrained = int((in_mini_T & (allowed.free_text < 0)).sum())
         advantages = np.repeat(advantages_R, lengths_R).astype(np.float32)
         diagnostics = Diagnostics()
         self.engine.engine.train()
@@ -194,7 +197,13 @@ class GroupPolicyLearner:
                 if part is None:  # every rank takes part in every reduction
                     yield self.engine.policy(pack_rows([PLACEHOLDER]).to(device)).sum() * 0.0
                     continue
-                current_T = self._log_probabilities(self.engine.policy, part)
+                log_mass_C: Tensor | None = None
+                if self.valid_mass:
+                    current_T, log_mass_C = self.engine.policy(
+                        part.packed, part.allowed, self.free_text_masks, self.temperature, valid_mass=True
+                    )
+                else:
+                    current_T = self._log_probabilities(self.engine.policy, part)
                 old_T = current_T.detach() if part.old_T is None else part.old_T
                 sampler_T = torch.from_numpy(batch.log_probabilities.values[part.at_T]).to(device)
                 assert part.reference_T is not None
@@ -203,13 +212,32 @@ class GroupPolicyLearner:
                     self.objective,
                 )  # fmt: skip
                 loss = (weights[part.at_T].to(device) * loss_T).sum()
+                if log_mass_C is not None:
+                    if self.objective.valid_mass_coefficient:
+                        loss = loss - self.objective.valid_mass_coefficient * log_mass_C.sum() / constrained
+                    diagnostics.add_valid_mass(log_mass_C.detach())
                 diagnostics.add(float(loss.detach()), current_T.detach(), old_T, sampler_T, values_T, part.allowed)
                 yield loss * self.engine.ranks  # DeepSpeed averages over the ranks
 
         norm = self.engine.step(losses(), len(parts))
         return {
-            **diagnostics.over_ranks(self.engine),
+            **diagnostics.over_ranks(self.engine, measured_valid_mass=self.valid_mass),
             "gradient_norm": norm,
             "learning_rate": self.engine.learning_rate,
             "skipped": float(self.engine.skipped),
         }
+
+    def _token_weights(
+        self, batch: RolloutBatch, groups: np.ndarray, in_mini_T: np.ndarray, allowed: AllowedTokens
+    ) -> Tensor:
+        """float32 [tokens of the batch]: the weight of each in the loss of a mini-batch of some groups, else 0."""
+        response_T = np.repeat(np.arange(len(batch.responses)), batch.responses.lengths)[in_mini_T]
+        mode_T = batch.prompts.reasoning[batch.group_of_response[response_T]].astype(np.int64)
+        reasoning_share = float(batch.prompts.reasoning[groups].mean())
+        weights_T = torch.zeros(len(in_mini_T))
+        weights_T[torch.from_numpy(in_mini_T)] = token_weights(
+            torch.from_numpy(mode_T), torch.from_numpy(allowed.has_choice[in_mini_T]),
+            (1 - reasoning_share, reasoning_share), self.objective.token_mean,
+            response_T=torch.from_numpy(response_T), longest=int(batch.prompts.budgets[groups].max()),
+        )  # fmt: skip
+        return weights_T

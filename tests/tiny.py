@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,17 @@ class Tiny:
             excluded=RaggedArray.of(excluded or [[] for _ in modes], np.int32),
         )
 
-    def random_rollouts(self, prompts: RolloutPrompts, *, responses: int, seed: int) -> RolloutBatch:
+    def random_rollouts(self, prompts: RolloutPrompts, *, responses: int | Sequence[int], seed: int) -> RolloutBatch:
         """Responses drawn at random from the allowed tokens, without a model; structure and item tokens are drawn more
-        often than words, so that all phases occur."""
+        often than words, so that all phases occur. `responses` are those of every group, or of each."""
         generator = np.random.default_rng(seed)
+        sizes = np.broadcast_to(responses, len(prompts)).astype(np.int64)
         sampled = [
-            self._random_response(prompts, group, generator) for group in range(len(prompts)) for _ in range(responses)
+            self._random_response(prompts, group, generator) for group, size in enumerate(sizes) for _ in range(size)
         ]
         return RolloutBatch(
             prompts=prompts,
+            group_sizes=sizes,
             responses=RaggedArray.of(sampled, np.int32),
             log_probabilities=RaggedArray.of([np.zeros(len(tokens)) for tokens in sampled], np.float32),
             weight_versions=np.zeros(len(prompts), dtype=np.int64),

@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 
 from actors.learner import LearnerActor, meeting_place
+from item_index.ragged import RaggedArray
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 MODES = ["direct", "reasoning", "reasoning", "direct", "direct", "reasoning"]
@@ -20,21 +21,21 @@ def engine_arguments(zero_stage, **more):
     }  # fmt: skip
 
 
-def start(tiny, *, ranks, zero_stage, epochs=1, **engine):
+def start(tiny, *, ranks, zero_stage, low_rank=None, objective=None, srpo=None, **engine):
     """Learner ranks, prepared."""
     meeting = meeting_place() if ranks > 1 else None
     learner = [
         LearnerActor.options(num_cpus=0).remote(
             str(tiny.checkpoint), engine=engine_arguments(zero_stage, **engine), seed=0, threads=1, rank=rank,
-            ranks=ranks, meeting_place=meeting,
+            ranks=ranks, meeting_place=meeting, low_rank=low_rank,
         )
         for rank in range(ranks)
     ]  # fmt: skip
     ray.get(
         [
             rank.prepare_srpo.remote(
-                str(tiny.index_folder), {}, temperature=1.0, mini_batch_prompts=3, micro_batch_tokens=150, seed=0,
-                epochs=epochs,
+                str(tiny.index_folder), objective or {}, temperature=1.0, mini_batch_prompts=3, micro_batch_tokens=150,
+                seed=0, **(srpo or {}),
             )
             for rank in learner
         ],
@@ -43,10 +44,11 @@ def start(tiny, *, ranks, zero_stage, epochs=1, **engine):
     return learner
 
 
-def rollouts(tiny, *, responses=4, seed=0):
-    """Random responses, as likely under the sampler as under the learner at the start."""
-    batch = tiny.random_rollouts(tiny.prompts(MODES), responses=responses, seed=seed)
-    return batch, np.random.default_rng(seed).normal(size=(len(MODES), responses)).astype(np.float32)
+def rollouts(tiny, *, seed=0):
+    """Random responses in groups of unequal size, and their advantages."""
+    generator = np.random.default_rng(seed)
+    batch = tiny.random_rollouts(tiny.prompts(MODES), responses=generator.permutation(np.arange(1, 7)), seed=seed)
+    return batch, RaggedArray(generator.normal(size=len(batch.responses)).astype(np.float32), batch.group_starts)
 
 
 def update(learner, batch, advantages):
@@ -95,8 +97,51 @@ def test_ranks_and_stages_change_the_parameters_alike(tiny, alone, ranks, zero_s
             assert of_rank[name] == pytest.approx(expected_metrics[0][name], rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_an_optimizer_in_the_hosts_memory_changes_the_parameters_alike(tiny, alone, zero_stage):
+    expected, _ = alone
+    change, _ = trained(tiny, ranks=1, zero_stage=zero_stage, offload_optimizer=True)
+    close = [(change[name] - wanted).abs() <= 1e-3 * wanted.abs() for name, wanted in expected.items()]
+    assert torch.cat([flags.flatten() for flags in close]).float().mean() >= 0.99
+
+
+def test_in_half_precision_the_parameters_move_the_same_way(tiny, alone):
+    expected, expected_metrics = alone
+    change, metrics = trained(tiny, ranks=1, zero_stage=2, dtype="bfloat16")
+    one, other = (torch.cat([values.float().flatten() for values in of.values()]) for of in (change, expected))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9
+    assert metrics[0]["entropy_estimate"] == pytest.approx(expected_metrics[0]["entropy_estimate"], rel=0.02)
+
+
+def test_beside_low_rank_weights_their_base_is_the_reference_and_they_are_merged_on_the_way_out(tiny, ray_cluster):
+    low_rank = {"rank": 4, "alpha": 8, "dropout": 0.0, "modules": ("q_proj", "down_proj")}
+    learner = start(tiny, ranks=1, zero_stage=2, low_rank=low_rank, learning_rate=1e-2)
+    before = weights(learner)
+    kl = [update(learner, *rollouts(tiny))[0]["kl"] for _ in range(2)]
+    after = weights(learner)
+    ray.kill(learner[0])
+    assert after.keys() == before.keys() == safetensors.torch.load_file(tiny.checkpoint / "model.safetensors").keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "q_proj" in name or "down_proj" in name}
+    assert kl[1] > kl[0] > 0  # the second mini-batch of the first update already sees a policy that has moved
+
+
+def test_the_valid_mass_is_measured_on_demand_and_rises_where_it_is_a_gain(tiny, ray_cluster):
+    plain = start(tiny, ranks=1, zero_stage=2)
+    assert "valid_mass" not in update(plain, *rollouts(tiny))[0]
+    ray.kill(plain[0])
+    batch, advantages = rollouts(tiny)
+    nothing = RaggedArray(np.zeros_like(advantages.values), advantages.offsets)
+    learner = start(tiny, ranks=2, zero_stage=2, objective={"valid_mass_coefficient": 1.0, "kl_coefficient": 0.0})
+    mass = [update(learner, batch, nothing)[0]["valid_mass"] for _ in range(4)]
+    for rank in learner:
+        ray.kill(rank)
+    assert 0 < mass[0] < mass[-1] < 1
+    assert mass == sorted(mass)
+
+
 def test_a_second_epoch_moves_the_ratio_away_from_one(tiny, ray_cluster):
-    learner = start(tiny, ranks=1, zero_stage=2, epochs=2)
+    learner = start(tiny, ranks=1, zero_stage=2, srpo={"epochs": 2})
     metrics = update(learner, *rollouts(tiny))[0]
     assert metrics["ratio_minimum"] < 0.99
     assert metrics["ratio_maximum"] > 1.01
@@ -109,7 +154,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(tiny, ray
     learner = start(tiny, ranks=2, zero_stage=2, maximum_skipped_steps=3)
     before = weights(learner)
     batch, advantages = rollouts(tiny)
-    broken = np.where(np.arange(len(MODES))[:, None] >= 0, np.inf, advantages).astype(np.float32)
+    broken = RaggedArray(np.full_like(advantages.values, np.inf), advantages.offsets)
     metrics = update(learner, batch, broken)  # two mini-batches
     assert [of_rank["skipped_steps"] for of_rank in metrics] == [2, 2]
     after = weights(learner)

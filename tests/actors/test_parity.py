@@ -9,6 +9,7 @@ from tiny import policy_of
 from actors.learner import LearnerActor
 from actors.reward import RewardWorker
 from actors.rollout import prompt_seeds
+from item_index.ragged import RaggedArray
 from learner.srpo import allowed_in, response_log_probabilities
 
 pytestmark = pytest.mark.engines
@@ -29,7 +30,7 @@ def test_per_token_log_probabilities_agree(tiny, rollouts):
         policy_of(tiny.model), rollouts, allowed, masks, temperature=1.0, micro_batch_tokens=2048
     ).numpy()
     sampler = rollouts.log_probabilities.values
-    reasoning = np.repeat(np.repeat(rollouts.prompts.reasoning, rollouts.group_size), rollouts.responses.lengths)
+    reasoning = np.repeat(rollouts.prompts.reasoning[rollouts.group_of_response], rollouts.responses.lengths)
     for mode in (False, True):
         rows = reasoning == mode
         assert np.abs(learner[rows] - sampler[rows]).max() < 2e-3
@@ -56,7 +57,9 @@ def test_at_learning_rate_zero_the_update_changes_nothing_and_all_ratios_are_one
         seed=0,
     )  # fmt: skip
     before, _ = ray.get(learner.exported_weights.remote(), timeout=300)
-    advantages = np.random.default_rng(0).normal(size=(len(rollouts), rollouts.group_size)).astype(np.float32)
+    advantages = RaggedArray(
+        np.random.default_rng(0).normal(size=len(rollouts.responses)).astype(np.float32), rollouts.group_starts
+    )
     members = [(0, group) for group in range(len(rollouts))]
     metrics = ray.get(learner.update.remote(members, advantages, rollouts), timeout=300)
     assert abs(metrics["ratio"] - 1) < 1e-3
@@ -75,10 +78,11 @@ def test_every_response_answers_with_an_item_that_is_not_excluded(tiny, rollouts
     worker = RewardWorker(str(tiny.index_folder), str(tiny.checkpoint))
     scores = worker.score(rollouts)
     assert scores.valid.all()
+    group_R = rollouts.group_of_response
     for group, excluded in enumerate(EXCLUDED):
-        assert not set(scores.items[group].tolist()) & set(excluded)
-    assert (scores.lengths <= rollouts.prompts.budgets[:, None]).all()
-    direct = ~rollouts.prompts.reasoning
+        assert not set(scores.items[group_R == group].tolist()) & set(excluded)
+    assert (scores.lengths <= rollouts.prompts.budgets[group_R]).all()
+    direct = ~rollouts.prompts.reasoning[group_R]
     assert scores.well_formed[direct].all()
     # A random model writes no step markers: format is not earned by the constraint alone.
     assert not scores.well_formed[~direct].any()

@@ -19,6 +19,7 @@ def scripted(tiny, prompts, responses):
     """One response to each prompt, given as tokens."""
     return RolloutBatch(
         prompts=prompts,
+        group_sizes=np.full(len(prompts), len(responses) // len(prompts)),
         responses=RaggedArray.of(responses, np.int32),
         log_probabilities=RaggedArray.of([np.zeros(len(tokens)) for tokens in responses], np.float32),
         weight_versions=np.zeros(len(prompts), dtype=np.int64),
@@ -35,12 +36,12 @@ def test_chains_are_read_against_the_history_that_the_prompt_shows(tiny, worker)
     collapsed = tiny.builder.reasoning_response("", f"{tiny.index.text(6)}{tiny.index.text(9)}", 10)
     scores = worker.score(scripted(tiny, prompts, [full, tiny.builder.direct_response(7), collapsed]))
     assert scores.chains.dtype == CHAIN
-    assert scores.chains.shape == scores.rewards.shape == (3, 1)
+    assert scores.chains.shape == scores.rewards.shape == (3,)
     think_tokens = len(tiny.tokenizer(think, add_special_tokens=False)["input_ids"])
-    assert scores.chains[0, 0].item() == (think_tokens, 4, True, 3, 1)  # item 12 is not in the history
-    assert scores.chains[1, 0].item() == (0, 0, False, 0, 0)
-    assert scores.chains[2, 0].item() == (0, 0, False, 2, 0)
-    assert scores.well_formed[:, 0].tolist() == [True, True, False]
+    assert scores.chains[0].item() == (think_tokens, 4, True, 3, 1)  # item 12 is not in the history
+    assert scores.chains[1].item() == (0, 0, False, 0, 0)
+    assert scores.chains[2].item() == (0, 0, False, 2, 0)
+    assert scores.well_formed.tolist() == [True, True, False]
 
     metrics = rollout_metrics([(prompts.reasoning, scores)], minimum_think_tokens=8)
     assert metrics["chains/empty_share"] == 0.5  # the direct response is no chain
@@ -55,8 +56,8 @@ def test_metrics_of_a_step_take_all_reasoning_groups_of_all_rounds(tiny, worker)
         scores = worker.score(tiny.random_rollouts(prompts, responses=5, seed=seed))
         assert (scores.chains["foreign_items"] <= scores.chains["rewritten_items"]).all()
         rounds.append((prompts.reasoning, scores))
-    chains = np.concatenate([scores.chains[reasoning] for reasoning, scores in rounds])
-    assert chains.shape == (2, 5)
+    chains = np.concatenate([scores.chains[np.repeat(reasoning, 5)] for reasoning, scores in rounds])
+    assert chains.shape == (10,)
     expected = chain_metrics(chains, minimum_think_tokens=3)
     metrics = rollout_metrics(rounds, minimum_think_tokens=3)
     assert {name: value for name, value in metrics.items() if name.startswith("chains/")} == {

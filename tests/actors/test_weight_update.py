@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from actors.learner import LearnerActor
 from actors.rollout import ENVIRONMENT, RolloutActor, prompt_seeds
+from item_index.ragged import RaggedArray
 from learner.policy import load_language_model
 from learner.srpo import allowed_in, response_log_probabilities
 
@@ -75,7 +76,7 @@ def test_learner_and_rollout_actors_agree_on_weights_and_version_after_an_update
     learner.prepare_srpo.remote(index, {}, temperature=1.0, mini_batch_prompts=8, micro_batch_tokens=2048, seed=0)
     prompts, seeds = tiny.prompts(MODES), prompt_seeds(4, 1, len(MODES))
     batch = rollout.generate.remote(prompts, responses=4, seeds=seeds)
-    advantages = np.random.default_rng(0).normal(size=(len(MODES), 4)).astype(np.float32)
+    advantages = RaggedArray.of(np.random.default_rng(0).normal(size=(len(MODES), 4)), np.float32)
     members = [(0, group) for group in range(len(MODES))]
     metrics = ray.get(learner.update.remote(members, advantages, batch), timeout=300)
     assert metrics["staleness"] == 0

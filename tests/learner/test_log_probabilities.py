@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import allowed_tokens, policy_of
 
 from item_index.constraint import AllowedTokens
 from item_index.ragged import RaggedArray
 from learner import log_probabilities
-from learner.log_probabilities import allowed_log_probabilities, full_vocabulary_log_probabilities
+from learner.log_probabilities import (
+    allowed_log_probabilities,
+    full_vocabulary_log_probabilities,
+    log_valid_masses,
+)
 from learner.packing import pack_groups
 from learner.srpo import allowed_in
 
@@ -20,7 +26,7 @@ def slow_log_probabilities(tiny, batch, temperature):
     """float32 [tokens], with gradients to the model; and bool [tokens], whether there was a choice."""
     values, choice = [], []
     for row, response in enumerate(batch.responses):
-        group = row // batch.group_size
+        group = batch.group_of_response[row]
         prompt = batch.prompts.tokens[group]
         states = tiny.constraint.start(
             ["reasoning" if batch.prompts.reasoning[group] else "direct"],
@@ -43,7 +49,7 @@ def test_packed_log_probabilities_and_gradients_equal_the_slow_ones(tiny, temper
     batch = tiny.random_rollouts(tiny.prompts(MODES, excluded=EXCLUDED), responses=3, seed=3)
     allowed = allowed_in(batch, tiny.constraint).allowed
     masks = torch.from_numpy(tiny.constraint.free_text_masks)
-    groups = [(batch.prompts.tokens[g], [batch.responses[3 * g + i] for i in range(3)]) for g in range(len(MODES))]
+    groups = [(batch.prompts.tokens[g], batch.responses_of(g)) for g in range(len(MODES))]
     weights = torch.from_numpy(np.random.default_rng(0).normal(size=len(batch.responses.values))).float()
 
     def gradients(model, values):
@@ -70,6 +76,36 @@ def test_packed_log_probabilities_and_gradients_equal_the_slow_ones(tiny, temper
 def random_head(tokens=4, hidden=8, vocabulary=12):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(tokens, hidden, generator=generator), torch.randn(vocabulary, hidden, generator=generator)
+
+
+@st.composite
+def listed_sets(draw):
+    """A vocabulary's size, allowed sets of some positions (at least one token each), and a target out of each."""
+    size = draw(st.integers(2, 40))
+    sets = draw(st.lists(st.sets(st.integers(0, size - 1), min_size=1), min_size=1, max_size=12))
+    return size, [sorted(allowed) for allowed in sets], [draw(st.sampled_from(sorted(allowed))) for allowed in sets]
+
+
+@given(listed_sets(), st.sampled_from([torch.float64, torch.float32]), st.floats(0.3, 3.0), st.integers(0, 999))
+def test_constrained_values_and_valid_mass_are_those_of_the_masked_vocabulary(case, dtype, temperature, seed):
+    vocabulary, sets, targets = case
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(len(sets), 8, generator=generator, dtype=torch.float64)
+    head = torch.randn(vocabulary, 8, generator=generator, dtype=torch.float64)
+    targets_T, mask = torch.tensor(targets), torch.zeros(len(sets), vocabulary, dtype=torch.bool)
+    for row, tokens in enumerate(sets):
+        mask[row, tokens] = True
+    whole = (hidden @ head.T / temperature).log_softmax(dim=1)
+    masked = whole.masked_fill(~mask, float("-inf")).log_softmax(dim=1)[torch.arange(len(sets)), targets_T]
+    mass = whole.masked_fill(~mask, float("-inf")).logsumexp(dim=1)
+
+    allowed = AllowedTokens(np.full(len(sets), -1, dtype=np.int8), RaggedArray.of(sets, np.int64))
+    hidden, head, bound = hidden.to(dtype), head.to(dtype), 1e-10 if dtype == torch.float64 else 2e-5
+    none = torch.zeros(0, vocabulary, dtype=torch.bool)
+    values = allowed_log_probabilities(hidden, head, targets_T, allowed, none, temperature=temperature)
+    torch.testing.assert_close(values.double(), masked, rtol=bound, atol=bound)
+    found = log_valid_masses(hidden, head, targets_T, values, temperature=temperature)
+    torch.testing.assert_close(found.double(), mass, rtol=bound, atol=bound)
 
 
 def test_listed_tokens_come_on_top_of_the_free_text_set():
