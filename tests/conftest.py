@@ -6,7 +6,8 @@ import os
 
 from actors.rollout import ENVIRONMENT
 
-os.environ.update(ENVIRONMENT)
+# Ray starts its workers at niceness 15: on a machine that does something else as well the tests would starve.
+os.environ.update({**ENVIRONMENT, "RAY_worker_niceness": "0"})
 
 import hypothesis
 import pytest

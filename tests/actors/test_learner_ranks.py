@@ -108,8 +108,8 @@ def test_an_optimizer_in_the_hosts_memory_changes_the_parameters_alike(tiny, alo
 def test_in_half_precision_the_parameters_move_the_same_way(tiny, alone):
     expected, expected_metrics = alone
     change, metrics = trained(tiny, ranks=1, zero_stage=2, dtype="bfloat16")
-    one, other = (torch.cat([values.float().flatten() for values in of.values()]) for of in (change, expected))
-    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9
+    one, other = (torch.cat([of[name].float().flatten() for name in sorted(expected)]) for of in (change, expected))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.95
     assert metrics[0]["entropy_estimate"] == pytest.approx(expected_metrics[0]["entropy_estimate"], rel=0.02)
 
 
