@@ -236,7 +236,7 @@ def measure(task: Task) -> dict[str, float]:
     return {
         "groups per second": task.groups * len(timed) / sum(timed), "slowest": task.groups / max(timed),
         "fastest": task.groups / min(timed),
-        "peak memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "loss": float(value),
+        "peak memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "loss": value.item(),
         "gradient norm": float(norm),
     }  # fmt: skip
 
