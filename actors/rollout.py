@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,9 @@ from transformers import AutoTokenizer
 from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from learner.rollouts import RolloutBatch, RolloutPrompts
+
+Sampler = Literal["constrained", "plain"]
+logger = logging.getLogger(__name__)
 
 # Read by vLLM when it is imported, so they are set for the actor's whole process.
 ENVIRONMENT = {
@@ -49,7 +53,12 @@ class RolloutEngine:
         sequences: int = 256,
         threads: int | None = None,
         seed: int = 0,
+        sampler: Sampler = "constrained",
     ) -> None:
+        """Args:
+        sampler: `constrained` samples semantic IDs without the full vocabulary where that is known to work, see
+            `sampler`; `plain` is vLLM's own after the logits processor.
+        """
         from vllm import LLM  # takes seconds, and reads the environment
 
         from actors.logits_processors import ItemConstraintProcessor
@@ -68,9 +77,12 @@ class RolloutEngine:
             # A prompt prefilled in parts rolls a seeded request's generator back, which torch cannot do on the CPU.
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(maximum_tokens, 8192),
+            # The constraint needs the tokens of one step before it can sample the next.
+            async_scheduling=False,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             logits_processors=[ItemConstraintProcessor],
+            worker_extension_cls="actors.worker_extension.RolloutWorkerExtension",
             additional_config={"gream": {"index": index_folder, "tokenizer": model_folder}},
             disable_log_stats=True,
         )
@@ -78,6 +90,19 @@ class RolloutEngine:
         self.end_of_sequence = tokenizer.eos_token_id
         self.index_version = SemanticIdIndex.load(index_folder).version
         self._weight_version = weight_version
+        self.sampler = "plain: asked for"
+        if sampler == "constrained":
+            reason = self.llm.collective_rpc("install_constrained_sampler")[0]
+            self.sampler = f"plain: {reason}" if reason else "constrained"
+        logger.info("sampler: %s", self.sampler)
+
+    def sampler_in_use(self) -> str:
+        """`constrained`, or `plain` and why."""
+        return self.sampler
+
+    def sampled_rows(self) -> dict[str, int]:
+        """Rows sampled so far by the constrained sampler, by what was computed for them."""
+        return dict(self.llm.collective_rpc("sampled_rows")[0])
 
     def weight_version(self) -> int:
         """Version of the weights that sample now."""
@@ -137,20 +162,11 @@ class RolloutEngine:
 
     def _reload(self, version: int, **source: Any) -> int:
         self.llm.collective_rpc("reload_weights", kwargs=source)
-        self.llm.collective_rpc(_repack_tied_head)
+        self.llm.collective_rpc("weights_changed")
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset after a weight update: requests are still running")
         self._weight_version = version
         return version
-
-
-def _repack_tied_head(worker: Any) -> None:
-    """The CPU build packs linear weights when it loads; with tied embeddings a reload leaves the old packed head."""
-    model = worker.model_runner.get_model()
-    if getattr(model.config, "tie_word_embeddings", False) and next(model.parameters()).device.type == "cpu":
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-        dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
 
 
 RolloutActor: Any = ray.remote(RolloutEngine)
