@@ -143,7 +143,7 @@ class ConstrainedRequests:
         kept = logits_BV[listed_rows, listed]
         kinds = np.unique(allowed.free_text)
         for kind in kinds:
-            rows = slice(None)
+            rows: Any = slice(None)
             if len(kinds) > 1:
                 rows = torch.from_numpy(np.flatnonzero(allowed.free_text == kind)).to(self.device)
             if kind < 0:

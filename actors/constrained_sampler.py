@@ -1,12 +1,13 @@
 """Sampling in vLLM without the full vocabulary where only items may follow.
 
-vLLM computes logits of every token for every row, then masks, normalises, draws noise for and copies all of them. Inside
-a semantic ID at most the codes of one level may follow. So the head's call is deferred until the sampler knows the rows'
-states, and rows fall into three kinds: where one token is allowed nothing is computed; inside a semantic ID the head's
-rows of one level's codes are multiplied, and a child of the trie's node is sampled; only free text has the full head.
+vLLM computes logits of every token for every row, then masks, normalises, draws noise for and copies all of them.
+Inside a semantic ID at most the codes of one level may follow. So the head's call is deferred until the sampler knows
+the rows' states, and rows fall into three kinds: where one token is allowed nothing is computed; inside a semantic ID
+the head's rows of one level's codes are multiplied, and a child of the trie's node is sampled; only free text has the
+full head.
 
-It takes the place of the runner's sampler and of the model's `compute_logits`, neither of which is a public interface of
-vLLM, so only for the versions that it was tested with and for engines on one device; elsewhere the logits processor
+It takes the place of the runner's sampler and of the model's `compute_logits`, neither of which is a public interface
+of vLLM, so only for the versions that it was tested with and for engines on one device; elsewhere the logits processor
 alone does the same more slowly. Both sample from the same distributions, with other random values.
 """
 
@@ -87,7 +88,7 @@ class ConstrainedSampler(Sampler):
         self.processor, self.core, self.head = processor, processor.core, head
         trie = self.core.constraint.trie
         codes = [np.arange(len(tokens)) for tokens in self.core.constraint.tokens.code_tokens]
-        self.children = ChildSampler(trie, codes, index_version=self.core.index_version, device=self.core.device)
+        self.child_sampler = ChildSampler(trie, codes, index_version=self.core.index_version, device=self.core.device)
         self.code_head: CodeHead | None = None
         self.rows = dict.fromkeys(("one token", "semantic ID", "free text", "plain"), 0)
 
@@ -95,16 +96,10 @@ class ConstrainedSampler(Sampler):
         """Take over the head's rows of the codes; due after every change of the weights."""
         self.code_head = CodeHead(self.core, weight_VH, bias_V)
 
-    @property
-    def logits_wanted(self) -> int:
-        """Tokens of the vocabulary: what tells logits from hidden states."""
-        return self.core.constraint.tokens.vocabulary_size
-
     def compute_logprobs(self, logits: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """As the base class, for log-probabilities of prompts, which the runner asks for with what the head gave."""
-        if logits.shape[-1] != self.logits_wanted:
-            logits = self.head(logits)
-        return Sampler.compute_logprobs(logits)
+        """As the base class, for log-probabilities of prompts too, for which the runner calls the head, then this."""
+        are_logits = logits.shape[-1] == self.core.constraint.tokens.vocabulary_size
+        return Sampler.compute_logprobs(logits if are_logits else self.head(logits))
 
     def forward(
         self,
@@ -169,10 +164,11 @@ class ConstrainedSampler(Sampler):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.code_head is not None, "take_weights has not been called"
         constraint = self.core.constraint
-        logits = self.code_head.logits(hidden_BH, constraint.trie.level(states.node), steps.ends).div_(temperature_B[:, None])
+        levels = constraint.trie.level(states.node)
+        logits = self.code_head.logits(hidden_BH, levels, steps.ends).div_(temperature_B[:, None])
         # Excluded items are forbidden in the answer only: other rows take the row after the last, which has none.
         excluded_rows = np.where(states.phase == Phase.ANSWER, states.exclusion, self.core.capacity)
-        sampled = self.children.sample_children(
+        sampled = self.child_sampler.sample_children(
             logits, torch.from_numpy(states.node).to(hidden_BH.device), uniform_B=uniform_B.to(hidden_BH.device),
             terminator=self.code_head.columns, excluded=states.excluded, excluded_rows_B=excluded_rows,
         )  # fmt: skip

@@ -1,5 +1,5 @@
-"""The constraint inside vLLM's model runner V2. Opt-in, and not yet run on a GPU: the CPU build has no V2 runner, so this
-adapter is tested against the interface alone."""
+"""The constraint inside vLLM's model runner V2. Opt-in, and not yet run on a GPU: the CPU build has no V2 runner, so
+this adapter is tested against the interface alone."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class ItemConstraintProcessorV2(LogitsProcessor):
         tokens_on_device = self.req_states.all_token_ids.gpu
         device = tokens_on_device.device
         columns = places + self.req_states.prompt_len.np[behind]
-        tokens = tokens_on_device[torch.from_numpy(behind).to(device), torch.from_numpy(columns).to(device)]
-        tokens = tokens.cpu().numpy().astype(np.int64)
+        new_tokens = tokens_on_device[torch.from_numpy(behind).to(device), torch.from_numpy(columns).to(device)]
+        tokens = new_tokens.cpu().numpy().astype(np.int64)
         # One step for all requests at a time.
         steps = places - self.consumed[behind]
         for step in range(int(steps.max()) + 1):

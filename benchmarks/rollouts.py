@@ -2,11 +2,12 @@
 
     python -m benchmarks.rollouts [--vocabulary 3000]... [--mode direct]... [--subject ours]... [--json FILE]
 
-Every subject samples 8 responses to each of 64 prompts of 200 tokens from one model with random weights, in float32, on
-the same cores, each in a process of its own. In direct mode a response is the four codes of one of 10,000 items and the
-end of sequence; in reasoning mode at most 48 tokens. `vLLM, unconstrained` has the same options, gives as many tokens,
-and almost never an item. `vLLM, structured outputs` has one regular expression of all items (llguidance). `Hugging Face`
-is `generate` with a prefix function over a dict; it gives no log-probabilities, which the others do.
+Every subject samples 8 responses to each of 64 prompts of 200 tokens from one model with random weights, in float32,
+on the same cores, each in a process of its own. In direct mode a response is the four codes of one of 10,000 items and
+the end of sequence; in reasoning mode at most 48 tokens. `vLLM, unconstrained` has the same options, gives as many
+tokens, and almost never an item. `vLLM, structured outputs` has one regular expression of all items (llguidance), which
+may spell them by letters as well as by their tokens. `Hugging Face` is `generate` with a prefix function over a dict;
+it gives no log-probabilities, which the others do.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def report_table(case: str, outcomes: list[Outcome]) -> Table:
     """One line per subject, compared with the first; what a step costs more than in vLLM without a constraint."""
     table = Table(title=case)
     for column in (
-        "", "responses/s", "slowest", "fastest", "ours / it", "tokens", "valid", "steps", "ms a step", "added ms", "MiB", "",
+        "", "responses/s", "slowest", "fastest", "ours / it", "tokens", "valid", "steps", "ms a step", "added ms",
+        "MiB", "",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     mine = outcomes[0].numbers.get("responses per second", float("nan"))

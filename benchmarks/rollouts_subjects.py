@@ -166,7 +166,8 @@ def hugging_face(task: Task) -> Callable[[int], Sampled]:
             inputs = torch.tensor(random_prompts(task, number))
             rows = model.generate(
                 inputs, attention_mask=torch.ones_like(inputs), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                num_return_sequences=task.responses, max_new_tokens=task.budget, prefix_allowed_tokens_fn=prefix_allowed,
+                num_return_sequences=task.responses, max_new_tokens=task.budget,
+                prefix_allowed_tokens_fn=prefix_allowed,
             )  # fmt: skip
         return Sampled(rows[:, task.prompt_tokens :].tolist())
 
@@ -190,9 +191,7 @@ def valid_share(responses: list[list[int]], task: Task) -> float:
     tokenizer: Any = AutoTokenizer.from_pretrained(task.model, local_files_only=True)
     vocabulary, index = tokenizer.get_vocab(), SemanticIdIndex.load(task.index)
     names = index.tokens()
-    items = {
-        tuple(vocabulary[names[level][code]] for level, code in enumerate(codes[:4])) for codes in index.codes_IL
-    }
+    items = {tuple(vocabulary[names[level][code]] for level, code in enumerate(codes[:4])) for codes in index.codes_IL}
     start = {"direct": lambda row: 0, "reasoning": lambda row: row.index(vocabulary["<answer>"]) + 1}[task.mode]
     answered = [
         row[start(row) : start(row) + 4] if task.mode == "direct" or vocabulary["<answer>"] in row else []

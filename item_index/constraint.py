@@ -28,7 +28,6 @@ from item_index.semantic_ids import SemanticIdIndex
 from item_index.tokens import SemanticIdTokens, Tokenizer
 from item_index.trie import NO_ITEM, NO_NODE, ROOT, ItemTrie
 
-
 Mode = Literal["direct", "reasoning"]
 MODES: tuple[Mode, ...] = ("direct", "reasoning")
 NO_TOKEN = -1

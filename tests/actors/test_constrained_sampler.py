@@ -140,3 +140,21 @@ def test_an_untested_vllm_gets_the_plain_sampler_and_says_so(rollout_engine, mon
     finally:
         monkeypatch.undo()
         assert rollout_engine.llm.collective_rpc("install_constrained_sampler") == [""]
+
+
+def test_prompts_that_cannot_be_answered_are_refused_and_the_engine_goes_on(tiny, rollout_engine):
+    everything = [list(range(len(tiny.index)))]
+    for prompts, message in (
+        (tiny.prompts(["reasoning"], budget=6), "a budget of 6 tokens cannot hold an answer"),
+        (tiny.prompts(["direct"], excluded=everything), "items are excluded; nothing can be answered"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rollout_engine.generate(prompts, responses=2, seeds=[1])
+    assert len(rollout_engine.generate(tiny.prompts(["direct"]), responses=2, seeds=[1]).responses) == 2
+
+
+def test_a_model_runner_other_than_the_processs_own_is_refused_at_start(tiny):
+    from actors.rollout import RolloutEngine
+
+    with pytest.raises(ValueError, match="model runner v2 needs VLLM_USE_V2_MODEL_RUNNER=1, but it is 0"):
+        RolloutEngine(str(tiny.checkpoint), str(tiny.index_folder), model_runner="v2")

@@ -38,7 +38,8 @@ def test_no_random_value_gives_a_forbidden_token():
 def test_random_values_are_uniform_and_those_of_neighbouring_seeds_and_places_independent():
     seeds, places = np.meshgrid(np.arange(1_000, dtype=np.uint64) + 2**60, np.arange(50), indexing="ij")
     values = seeded_uniform(seeds, places)
-    assert values.min() >= 0 and values.max() < 1
+    assert values.min() >= 0
+    assert values.max() < 1
     assert kstest(values.ravel(), "uniform").pvalue > 1e-3
     for first, second in ((values[:-1], values[1:]), (values[:, :-1], values[:, 1:])):
         cells = np.histogram2d(first.ravel(), second.ravel(), bins=8, range=[[0, 1], [0, 1]])[0]
