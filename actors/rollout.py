@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from typing import Any, Literal
 
 import numpy as np
@@ -11,19 +13,34 @@ import safetensors.torch
 import torch
 from transformers import AutoTokenizer
 
+from item_index.constraint import MODES, AnswerConstraint, Mode
 from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from learner.rollouts import RolloutBatch, RolloutPrompts
 
+Sampler = Literal["constrained", "plain"]
+ModelRunner = Literal["v1", "v2"]
+PROCESSORS = {
+    "v1": "actors.logits_processors:ItemConstraintProcessor",
+    "v2": "actors.logits_processors_v2:ItemConstraintProcessorV2",
+}
+RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+logger = logging.getLogger(__name__)
+
 # Read by vLLM when it is imported, so they are set for the actor's whole process.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    RUNNER_VARIABLE: "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+def environment(model_runner: ModelRunner) -> dict[str, str]:
+    """Variables of an actor's process, for its runtime environment."""
+    return {**ENVIRONMENT, RUNNER_VARIABLE: "1" if model_runner == "v2" else "0"}
 
 
 def prompt_seeds(seed: int, step: int, count: int, offset: int = 0) -> list[int]:
@@ -49,10 +66,22 @@ class RolloutEngine:
         sequences: int = 256,
         threads: int | None = None,
         seed: int = 0,
+        sampler: Sampler = "constrained",
+        model_runner: ModelRunner = "v1",
     ) -> None:
+        """Args:
+        model_runner: of vLLM; the variable VLLM_USE_V2_MODEL_RUNNER of the actor's process must say the same, see
+            `environment`. V2 needs a GPU, and has not been run on one yet.
+        sampler: `constrained` samples semantic IDs without the full vocabulary where that is known to work, see
+            `sampler`; `plain` is vLLM's own after the logits processor.
+        """
+        wanted, found = environment(model_runner)[RUNNER_VARIABLE], os.environ.get(RUNNER_VARIABLE)
+        if found != wanted:
+            raise ValueError(
+                f"model runner {model_runner} needs {RUNNER_VARIABLE}={wanted}, but it is {found}: start the process "
+                "with the variables that actors.rollout.environment gives"
+            )
         from vllm import LLM  # takes seconds, and reads the environment
-
-        from actors.logits_processors import ItemConstraintProcessor
 
         if threads:
             torch.set_num_threads(threads)
@@ -68,16 +97,36 @@ class RolloutEngine:
             # A prompt prefilled in parts rolls a seeded request's generator back, which torch cannot do on the CPU.
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(maximum_tokens, 8192),
+            # The constraint needs the tokens of one step before it can sample the next.
+            async_scheduling=False,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
-            logits_processors=[ItemConstraintProcessor],
+            logits_processors=[PROCESSORS[model_runner]],
+            worker_extension_cls="actors.worker_extension.RolloutWorkerExtension",
             additional_config={"gream": {"index": index_folder, "tokenizer": model_folder}},
             disable_log_stats=True,
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
         self.end_of_sequence = tokenizer.eos_token_id
-        self.index_version = SemanticIdIndex.load(index_folder).version
+        index = SemanticIdIndex.load(index_folder)
+        self.constraint = AnswerConstraint.of(index, tokenizer)
+        self.index_version = index.version
         self._weight_version = weight_version
+        self.sampler = "plain: asked for"
+        if sampler == "constrained" and model_runner == "v2":
+            self.sampler = "plain: the constrained sampler is for model runner v1"
+        elif sampler == "constrained":
+            reason = self.llm.collective_rpc("install_constrained_sampler")[0]
+            self.sampler = f"plain: {reason}" if reason else "constrained"
+        logger.info("sampler: %s", self.sampler)
+
+    def sampler_in_use(self) -> str:
+        """`constrained`, or `plain` and why."""
+        return self.sampler
+
+    def sampled_rows(self) -> dict[str, int]:
+        """Rows sampled so far by the constrained sampler, by what was computed for them."""
+        return dict(self.llm.collective_rpc("sampled_rows")[0])
 
     def weight_version(self) -> int:
         """Version of the weights that sample now."""
@@ -86,8 +135,15 @@ class RolloutEngine:
     def generate(
         self, prompts: RolloutPrompts, *, responses: int, seeds: list[int], temperature: float = 1.0
     ) -> RolloutBatch:
-        """Sample `responses` responses to every prompt, with log-probabilities after constraint and temperature."""
+        """Sample `responses` responses to every prompt, with log-probabilities after constraint and temperature.
+
+        Raises ValueError, before anything is sampled, for a budget too small to answer and where all items are
+        excluded.
+        """
         from vllm import SamplingParams
+
+        modes: list[Mode] = [MODES[int(reasoning)] for reasoning in prompts.reasoning]
+        self.constraint.start(modes, prompts.budgets, list(prompts.excluded))
 
         parameters = [
             SamplingParams(
@@ -100,7 +156,7 @@ class RolloutEngine:
                 detokenize=False,
                 extra_args={
                     "gream": {
-                        "mode": "reasoning" if prompts.reasoning[group] else "direct",
+                        "mode": modes[group],
                         "index_version": self.index_version,
                         "excluded": prompts.excluded[group].tolist(),
                     }
@@ -137,20 +193,11 @@ class RolloutEngine:
 
     def _reload(self, version: int, **source: Any) -> int:
         self.llm.collective_rpc("reload_weights", kwargs=source)
-        self.llm.collective_rpc(_repack_tied_head)
+        self.llm.collective_rpc("weights_changed")
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset after a weight update: requests are still running")
         self._weight_version = version
         return version
-
-
-def _repack_tied_head(worker: Any) -> None:
-    """The CPU build packs linear weights when it loads; with tied embeddings a reload leaves the old packed head."""
-    model = worker.model_runner.get_model()
-    if getattr(model.config, "tie_word_embeddings", False) and next(model.parameters()).device.type == "cpu":
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-        dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
 
 
 RolloutActor: Any = ray.remote(RolloutEngine)

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from actors.ranking import RankingActor
 from actors.reward import RewardActor, ScoredResponses
-from actors.rollout import ENVIRONMENT as ROLLOUT_ENVIRONMENT
-from actors.rollout import RolloutActor, prompt_seeds
-from cluster.placement import await_result, engines_placed, in_bundle, ray_session
+from actors.rollout import prompt_seeds
+from cluster.placement import await_result, engines_placed, ray_session
 from cluster.progress import Bar, console, progress_bar
 from cluster.prompts import PromptSource
+from cluster.rollout_engine import rollout_engine
 from cluster.settings import Settings
 from cluster.tracking import Tracker
 from curriculum.corpus import Corpus
@@ -70,10 +70,7 @@ def run_evaluate(
                 results[f"direct_{stage}"] = direct_result(settings, direct, ranker, len(corpus.index), bar)
             if "reasoning" in evaluation.modes:
                 if rollout is None:
-                    rollout = RolloutActor.options(**in_bundle(group, 0, cluster, ROLLOUT_ENVIRONMENT)).remote(
-                        model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib,
-                        sequences=cluster.rollout_sequences, threads=cluster.threads, seed=settings.seed,
-                    )  # fmt: skip
+                    rollout = rollout_engine(group, settings, index, model)
                     reward = RewardActor.options(num_cpus=0).remote(
                         index, model, minimum_think_tokens=settings.train.minimum_think_tokens
                     )

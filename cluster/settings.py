@@ -45,6 +45,13 @@ class ClusterSettings(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the rollout engine.")
     kv_cache_mib: int = Field(256, ge=16, description="Key-value cache of the rollout engine, MiB.")
     rollout_sequences: int = Field(256, ge=1, description="Responses that the engine decodes at once.")
+    rollout_sampler: Literal["constrained", "plain"] = Field(
+        "constrained",
+        description="constrained leaves the full vocabulary alone inside semantic IDs; plain is vLLM's own sampler.",
+    )
+    model_runner: Literal["v1", "v2"] = Field(
+        "v1", description="vLLM's model runner; v2 needs a GPU, and has not been run on one yet."
+    )
     index_workers: int = Field(
         1, ge=1, description="Actors of the Ray Data jobs that index and corpus.teacher ask for."
     )

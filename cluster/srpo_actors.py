@@ -13,9 +13,9 @@ import ray
 from actors.learner import ENVIRONMENT as LEARNER_ENVIRONMENT
 from actors.learner import LearnerActor, meeting_place
 from actors.reward import RewardActor
-from actors.rollout import ENVIRONMENT as ROLLOUT_ENVIRONMENT
-from actors.rollout import RolloutActor
 from cluster.placement import await_ready, await_result, engines_placed, in_bundle
+from cluster.progress import console
+from cluster.rollout_engine import rollout_engine
 from cluster.settings import Settings
 from item_index.ragged import RaggedArray
 from learner.rollouts import RolloutPrompts
@@ -84,10 +84,7 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
             )
             for rank, place in enumerate(places)
         ]  # fmt: skip
-        rollout = RolloutActor.options(**in_bundle(group, 0, cluster, ROLLOUT_ENVIRONMENT)).remote(
-            model, index, dtype=cluster.dtype, kv_cache_mib=cluster.kv_cache_mib, sequences=cluster.rollout_sequences,
-            threads=cluster.threads, seed=settings.seed,
-        )  # fmt: skip
+        rollout = rollout_engine(group, settings, index, model)
         reward = RewardActor.options(num_cpus=0).remote(index, model, minimum_think_tokens=train.minimum_think_tokens)
         prepared = [
             rank.prepare_srpo.remote(
@@ -99,5 +96,6 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
         ]  # fmt: skip
         for rank, call in enumerate(prepared):
             await_result(call, f"the start of learner rank {rank}", cluster.start_seconds)
-        await_result(rollout.weight_version.remote(), "the rollout engine's start", cluster.start_seconds)
+        sampler = await_result(rollout.sampler_in_use.remote(), "the rollout engine's start", cluster.start_seconds)
+        console.print(f"rollout engine: sampler {sampler}")
         yield SrpoActors(learner, rollout, reward, cluster.call_seconds)

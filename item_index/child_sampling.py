@@ -94,6 +94,7 @@ class ChildSampler:
         temperature: float = 1.0,
         terminator: int | None = None,
         excluded: ExcludedItems | None = None,
+        excluded_rows_B: np.ndarray | None = None,
     ) -> SampledChildren:
         """Sample one child of each node in proportion to the softmax of the children's logits.
 
@@ -105,12 +106,16 @@ class ChildSampler:
             terminator: token that ends a semantic ID where the node is an item's; None where a node that has children
                 is always left through one of them.
             excluded: items of each row that must not be answered.
+            excluded_rows_B: int64 [B], the row of `excluded` that each row has; None where they are the same.
 
         Raises NothingAllowed, naming the prefix and the index version, where nothing may follow.
         """
+        if excluded_rows_B is None:
+            excluded_rows_B = np.arange(len(nodes_B))
+        sample = self._sample_by_operations
         if self.compiled and logits_BV.dtype in (torch.float32, torch.float64):
-            return self._sample_by_loop(logits_BV, nodes_B, uniform_B, temperature, terminator, excluded)
-        return self._sample_by_operations(logits_BV, nodes_B, uniform_B, temperature, terminator, excluded)
+            sample = self._sample_by_loop
+        return sample(logits_BV, nodes_B, uniform_B, temperature, terminator, excluded, excluded_rows_B)
 
     def _nothing_allowed(self, row: int, nodes_B: torch.Tensor) -> NothingAllowed:
         return NothingAllowed(
@@ -126,6 +131,7 @@ class ChildSampler:
         temperature: float,
         terminator: int | None,
         excluded: ExcludedItems | None,
+        excluded_rows_B: np.ndarray,
     ) -> SampledChildren:
         # Numba is loaded when it is needed: vLLM's start looks at every attribute of every loaded module, and fails on
         # one of llvmlite's. After its start they go together.
@@ -148,7 +154,7 @@ class ChildSampler:
             self._token_base.numpy(), self._token_table.numpy(), logits_BV.detach().numpy(), nodes_B.numpy(),
             uniform_B.numpy(), temperature, NO_TOKEN if terminator is None else terminator,
             NOTHING_EXCLUDED if excluded is None else excluded.keys,
-            trie.items if excluded is None else excluded.stride,
+            trie.items if excluded is None else excluded.stride, excluded_rows_B,
             np.empty(trie.largest_fan_out + 1, dtype=np.int64), np.empty(trie.largest_fan_out + 1), children, tokens,
             log_probabilities,
         )  # fmt: skip
@@ -164,6 +170,7 @@ class ChildSampler:
         temperature: float,
         terminator: int | None,
         excluded: ExcludedItems | None,
+        excluded_rows_B: np.ndarray,
     ) -> SampledChildren:
         # index_select throughout: it gathers several times faster than indexing with brackets.
         first = self._child_start.index_select(0, nodes_B).long()
@@ -176,11 +183,13 @@ class ChildSampler:
         if len(self._token_table):
             columns = self._token_table.index_select(0, columns)
         if excluded is not None and len(excluded):
-            open_ = excluded.open(self.trie, rows.cpu().numpy(), children.cpu().numpy())
+            open_ = excluded.open(self.trie, excluded_rows_B[rows.cpu().numpy()], children.cpu().numpy())
             kept = torch.from_numpy(np.flatnonzero(open_)).to(self.device)
             rows, children, columns = rows[kept], children[kept], columns[kept]
         if terminator is not None:
-            rows, children, columns = self._with_terminator(nodes_B, rows, children, columns, terminator, excluded)
+            rows, children, columns = self._with_terminator(
+                nodes_B, rows, children, columns, terminator, excluded, excluded_rows_B
+            )
         if terminator is not None or (excluded is not None and len(excluded)):
             counts = torch.bincount(rows, minlength=len(nodes_B))
             offsets = torch.cumsum(counts, 0)
@@ -216,12 +225,13 @@ class ChildSampler:
         columns: torch.Tensor,
         terminator: int,
         excluded: ExcludedItems | None,
+        excluded_rows_B: np.ndarray,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The allowed edges, with one more for every row whose node is an item that may be answered."""
         nodes = nodes_B.cpu().numpy()
         ends = self.trie.item(nodes) >= 0
         if excluded is not None:
-            ends &= ~excluded.holds_item_at(self.trie, np.arange(len(nodes)), nodes)
+            ends &= ~excluded.holds_item_at(self.trie, excluded_rows_B, nodes)
         ending = torch.from_numpy(np.flatnonzero(ends)).to(self.device)
         all_rows = torch.cat([rows, ending])
         order = torch.argsort(all_rows, stable=True)

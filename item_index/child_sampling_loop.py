@@ -19,8 +19,8 @@ EVERY_ROW_SAMPLED = -1
 @numba.njit(nogil=True, cache=True)
 def sample_rows(
     child_start, code, first_rank, items_below, level_start, token_base, token_table, logits_BV, nodes_B, uniform_B,
-    temperature, terminator, excluded_keys, excluded_stride, child_scratch, running_scratch, child_B, token_B,
-    log_probability_B,
+    temperature, terminator, excluded_keys, excluded_stride, excluded_rows_B, child_scratch, running_scratch, child_B,
+    token_B, log_probability_B,
 ):  # fmt: skip
     """Fill `child_B`, `token_B` and `log_probability_B`; returns the first row where nothing may follow, or -1.
 
@@ -31,6 +31,7 @@ def sample_rows(
         token_table: int64, tokens by place; empty where the base gives the token itself.
         terminator: token, or -1 where there is none.
         excluded_keys, excluded_stride: as in `ExcludedItems`.
+        excluded_rows_B: int64, the row of the excluded items that each row has.
         child_scratch, running_scratch: int64 and float64 [largest fan-out + 1].
     """
     for row in range(len(nodes_B)):
@@ -39,7 +40,7 @@ def sample_rows(
         level = np.searchsorted(level_start, node, side="right")
         base = token_base[level] if level < len(token_base) else 0
         # The row's excluded items at or below the node: children come in the order of ranks, so one pass counts them.
-        key = row * excluded_stride
+        key = excluded_rows_B[row] * excluded_stride
         place = np.searchsorted(excluded_keys, key + first_rank[node]) if len(excluded_keys) else 0
         ends_here = first == stop or first_rank[first] != first_rank[node]
         if ends_here and place < len(excluded_keys) and excluded_keys[place] == key + first_rank[node]:

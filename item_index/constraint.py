@@ -30,6 +30,7 @@ from item_index.trie import NO_ITEM, NO_NODE, ROOT, ItemTrie
 
 Mode = Literal["direct", "reasoning"]
 MODES: tuple[Mode, ...] = ("direct", "reasoning")
+NO_TOKEN = -1
 
 
 class Phase(IntEnum):
@@ -77,6 +78,21 @@ class ConstraintStates:
         """Write states (as `select` gave them, moved on) back to their rows."""
         for name in ("phase", "node", "remaining", "forced"):
             getattr(self, name)[rows] = getattr(states, name)
+
+
+@dataclass(frozen=True)
+class NextSteps:
+    """Where the next token of B positions may come from; what is allowed is the union of the three.
+
+    Attributes:
+        walks: bool [B]; the children of the position's trie node, less those below which every item is excluded.
+        ends: int64 [B]; one token that ends or closes something, -1 for none.
+        free_text: int8 [B]; row of `AnswerConstraint.free_text_masks`, -1 for none.
+    """
+
+    walks: np.ndarray
+    ends: np.ndarray
+    free_text: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -211,8 +227,8 @@ class AnswerConstraint:
         """bool [B]: free text must close now."""
         return (states.phase <= Phase.REWRITE) & (states.remaining <= self.closing_length)
 
-    def allowed(self, states: ConstraintStates) -> AllowedTokens:
-        """The allowed next tokens of every state; a finished response allows the end of sequence only."""
+    def next_steps(self, states: ConstraintStates) -> NextSteps:
+        """Which sources the next token of every state may come from; a finished response allows its end only."""
         tokens, trie = self.tokens, self.trie
         phase, node = states.phase, states.node
         free_phase = phase <= Phase.REWRITE
@@ -222,28 +238,32 @@ class AnswerConstraint:
 
         # Children in the trie: everywhere inside a semantic ID, and at the root of an answer.
         walks = ((phase == Phase.ANSWER) | (free_phase & (node != ROOT))) & ~(forced & has_item)
-        rows = np.nonzero(walks)[0]
-        child_nodes, offsets = trie.children(node[rows])
+
+        ends = np.full(len(phase), NO_TOKEN, dtype=np.int64)
+        ends[(phase == Phase.CLOSED) | (phase == Phase.DONE)] = tokens.end_of_sequence
+        answered = np.nonzero((phase == Phase.ANSWER) & has_item)[0]
+        answered = answered[~states.excluded.holds_item_at(trie, states.exclusion[answered], node[answered])]
+        ends[answered] = np.where(states.reasoning[answered], tokens.answer_close, tokens.end_of_sequence)
+        closes = forced & at_boundary
+        ends[closes] = np.where(phase[closes] == Phase.THINK, tokens.think_close, tokens.answer_open)
+
+        free_text = np.where(at_boundary & ~forced, phase, -1).astype(np.int8)
+        return NextSteps(walks, ends, free_text)
+
+    def allowed(self, states: ConstraintStates) -> AllowedTokens:
+        """The allowed next tokens of every state, one by one where they are no free text."""
+        steps, trie = self.next_steps(states), self.trie
+        rows = np.nonzero(steps.walks)[0]
+        child_nodes, offsets = trie.children(states.node[rows])
         child_rows = np.repeat(rows, np.diff(offsets))
         open_ = self._open(states, child_rows, child_nodes)
         child_rows, child_nodes = child_rows[open_], child_nodes[open_]
-
-        # One token that ends or closes something, where there is one.
-        closing = np.full(len(phase), -1, dtype=np.int64)
-        closing[(phase == Phase.CLOSED) | (phase == Phase.DONE)] = tokens.end_of_sequence
-        answered = np.nonzero((phase == Phase.ANSWER) & has_item)[0]
-        answered = answered[~states.excluded.holds_item_at(trie, states.exclusion[answered], node[answered])]
-        closing[answered] = np.where(states.reasoning[answered], tokens.answer_close, tokens.end_of_sequence)
-        ends = forced & at_boundary
-        closing[ends] = np.where(phase[ends] == Phase.THINK, tokens.think_close, tokens.answer_open)
-
-        closing_rows = np.nonzero(closing >= 0)[0]
-        all_rows = np.concatenate([child_rows, closing_rows])
-        listed = np.concatenate([self.node_token(child_nodes), closing[closing_rows]])
+        ending_rows = np.nonzero(steps.ends != NO_TOKEN)[0]
+        all_rows = np.concatenate([child_rows, ending_rows])
+        listed = np.concatenate([self.node_token(child_nodes), steps.ends[ending_rows]])
         order = np.argsort(all_rows, kind="stable")
-        counts = np.bincount(all_rows, minlength=len(phase))
-        free_text = np.where(at_boundary & ~forced, phase, -1).astype(np.int8)
-        return AllowedTokens(free_text, RaggedArray(listed[order], np.concatenate([[0], np.cumsum(counts)])))
+        counts = np.bincount(all_rows, minlength=len(steps.walks))
+        return AllowedTokens(steps.free_text, RaggedArray(listed[order], np.concatenate([[0], np.cumsum(counts)])))
 
     def advance(self, states: ConstraintStates, next_tokens: np.ndarray, *, numbers: np.ndarray | None = None) -> None:
         """Take one token in every state, in place. Raises ConstraintViolation for a token that is not allowed, which
