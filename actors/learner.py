@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from learner.packed_attention import PACKED
 from learner.policy import Policy, load_language_model
 from learner.rollouts import RolloutBatch
 from learner.srpo import GroupPolicyLearner
+from learner.weight_chunks import WeightChunk
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -96,9 +97,13 @@ class LearnerRank:
             "staleness": float(self.version - 1 - np.concatenate([part.weight_versions for part in parts]).mean()),
         }
 
-    def exported_weights(self) -> tuple[np.ndarray, int]:
-        """Safetensors buffer (uint8) and its version; every rank is called, and rank 0 has the buffer."""
-        return self.engine.exported_weights(), self.version
+    def weight_chunks(self, chunk_bytes: int) -> Iterator[WeightChunk]:
+        """The weights of the current version, an object a chunk; every rank is called, and rank 0 has them."""
+        yield from self.engine.weight_chunks(self.version, chunk_bytes)
+
+    def token_log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [tokens - 1]: of every token but the first, without a constraint; every rank is called."""
+        return self.engine.token_log_probabilities(tokens)
 
     def save(self, folder: str) -> str:
         """Write a checkpoint that transformers and vLLM load as it is; every rank is called, and rank 0 writes."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import ray
-import safetensors.torch
 import torch
 from transformers import AutoTokenizer
 
@@ -17,6 +17,7 @@ from item_index.constraint import MODES, AnswerConstraint, Mode
 from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from learner.rollouts import RolloutBatch, RolloutPrompts
+from learner.weight_chunks import WeightChunk, tensors_of
 
 Sampler = Literal["constrained", "plain"]
 ModelRunner = Literal["v1", "v2"]
@@ -112,6 +113,7 @@ class RolloutEngine:
         self.constraint = AnswerConstraint.of(index, tokenizer)
         self.index_version = index.version
         self._weight_version = weight_version
+        self._broken = ""
         self.sampler = "plain: asked for"
         if sampler == "constrained" and model_runner == "v2":
             self.sampler = "plain: the constrained sampler is for model runner v1"
@@ -142,6 +144,7 @@ class RolloutEngine:
         """
         from vllm import SamplingParams
 
+        self._require_whole_weights()
         modes: list[Mode] = [MODES[int(reasoning)] for reasoning in prompts.reasoning]
         self.constraint.start(modes, prompts.budgets, list(prompts.excluded))
 
@@ -182,22 +185,58 @@ class RolloutEngine:
             index_version=self.index_version,
         )
 
-    def update_weights(self, weights: np.ndarray, version: int) -> int:
-        """Replace the weights by a safetensors buffer (uint8) and forget cached prefixes; returns the new version."""
-        state = safetensors.torch.load(weights.tobytes())
-        return self._reload(version, weights_iterator=list(state.items()))
+    def token_log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [tokens - 1]: of every token but the first, without a constraint: what the weights in use say."""
+        from vllm import SamplingParams
+
+        self._require_whole_weights()
+        parameters = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+        prompt: Any = {"prompt_token_ids": tokens.tolist()}
+        (output,) = self.llm.generate([prompt], parameters, use_tqdm=False)
+        places: Any = output.prompt_logprobs
+        return np.array(
+            [place[int(token)].logprob for place, token in zip(places[1:], tokens[1:], strict=True)], dtype=np.float32
+        )
+
+    def update_weights(self, chunks: Sequence[WeightChunk | ray.ObjectRef], *, seconds: float = 600.0) -> int:
+        """Replace the weights by those of another version and forget cached prefixes; returns the new version.
+
+        Args:
+            chunks: in order; references are fetched one after the other, so that one chunk is held at a time.
+            seconds: deadline for each of them.
+
+        Where it fails, the weights are of two versions: the engine then refuses to sample until an update is whole.
+        """
+        version = self._weight_version
+
+        def fetched() -> Iterator[WeightChunk]:
+            nonlocal version
+            for reference in chunks:
+                chunk = ray.get(reference, timeout=seconds) if isinstance(reference, ray.ObjectRef) else reference
+                version = chunk.version
+                yield chunk
+
+        self._reload(weights_iterator=tensors_of(fetched()))
+        self._weight_version = version
+        return version
 
     def load_weights(self, model_folder: str, version: int) -> int:
         """Replace the weights by those of another checkpoint of the same model and tokenizer."""
-        return self._reload(version, weights_path=model_folder)
+        self._reload(weights_path=model_folder)
+        self._weight_version = version
+        return version
 
-    def _reload(self, version: int, **source: Any) -> int:
+    def _reload(self, **source: Any) -> None:
+        self._broken = f"the update of the weights of version {self._weight_version} was not finished"
         self.llm.collective_rpc("reload_weights", kwargs=source)
         self.llm.collective_rpc("weights_changed")
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset after a weight update: requests are still running")
-        self._weight_version = version
-        return version
+        self._broken = ""
+
+    def _require_whole_weights(self) -> None:
+        if self._broken:
+            raise RuntimeError(f"the rollout engine cannot sample: {self._broken}; update its weights or start it anew")
 
 
 RolloutActor: Any = ray.remote(RolloutEngine)

@@ -79,7 +79,7 @@ def measure_steps(settings: Settings, steps: int) -> list[dict[str, float]]:
         srpo_actors(settings, index_folder, settings.folder / "sft" / "checkpoint") as actors,
         progress_bar("benchmark", steps + 1) as bar,
     ):
-        recording = RecordingActors(actors.learner, actors.rollout, actors.reward, actors.seconds)
+        recording = RecordingActors(actors.learner, actors.rollout, actors.reward, actors.seconds, actors.chunk_bytes)
         loop = SrpoLoop(settings, source, recording)
         for step in range(steps + 1):
             metrics = loop.step(step)

@@ -187,6 +187,14 @@ class TrainSettings(Section):
     )
     generation_rounds: int = Field(4, ge=1, description="Rounds of generation that may fill one step's batch.")
     maximum_staleness: int = Field(1, ge=0, description="Steps for which surplus groups may be kept.")
+    weight_check_steps: int = Field(
+        10,
+        ge=1,
+        description="Engine and learner are compared after the first step and after every so many.",
+    )
+    weight_gap: float = Field(
+        0.1, gt=0, description="Difference of their log-probabilities above which the stage ends with an error."
+    )
     probe_prompts: int = Field(256, ge=0, description="Fixed validation prompts scored before and after training.")
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="The token-level objective.")
 

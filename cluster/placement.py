@@ -120,14 +120,32 @@ def run_watched(name: str, job: Callable[[], object], progressed: Callable[[], b
         raise failure[0]
 
 
+def _late(what: str, seconds: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"{what} did not arrive within {seconds:.0f} s; look at the actor's log in Ray's session folder, or raise "
+        "cluster.call_seconds"
+    )
+
+
 def await_ready(reference: ray.ObjectRef, what: str, seconds: float) -> None:
     """Wait for a result without fetching it; raises DeadlineExceeded that names what was waited for."""
     ready, _ = ray.wait([reference], timeout=seconds, fetch_local=False)
     if not ready:
-        raise DeadlineExceeded(
-            f"{what} did not arrive within {seconds:.0f} s; look at the actor's log in Ray's session folder, or raise "
-            "cluster.call_seconds"
-        )
+        raise _late(what, seconds)
+
+
+def await_stream(stream: ray.ObjectRefGenerator, what: str, seconds: float) -> list[ray.ObjectRef]:
+    """References of all that a streaming call gives, without fetching it; raises DeadlineExceeded where the next one is
+    late."""
+    references: list[ray.ObjectRef] = []
+    while True:
+        ready, _ = ray.wait([stream], timeout=seconds, fetch_local=False)
+        if not ready:
+            raise _late(f"{what}, part {len(references)},", seconds)
+        try:
+            references.append(next(stream))
+        except StopIteration:
+            return references
 
 
 def await_result(reference: ray.ObjectRef, what: str, seconds: float) -> Any:

@@ -49,6 +49,7 @@ class ClusterSettings(Section):
         "constrained",
         description="constrained leaves the full vocabulary alone inside semantic IDs; plain is vLLM's own sampler.",
     )
+    weight_chunk_mib: int = Field(64, ge=1, description="Weights travel to the engine in chunks of about that size.")
     model_runner: Literal["v1", "v2"] = Field(
         "v1", description="vLLM's model runner; v2 needs a GPU, and has not been run on one yet."
     )

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from actors.learner import ENVIRONMENT as LEARNER_ENVIRONMENT
 from actors.learner import LearnerActor, meeting_place
 from actors.reward import RewardActor
-from cluster.placement import await_ready, await_result, engines_placed, in_bundle
+from cluster.placement import await_ready, await_result, await_stream, engines_placed, in_bundle
 from cluster.progress import console
 from cluster.rollout_engine import rollout_engine
 from cluster.settings import Settings
@@ -23,12 +24,14 @@ from learner.rollouts import RolloutPrompts
 
 @dataclass(frozen=True)
 class SrpoActors:
-    """The actors of the loop and the deadline of their calls; `learner` are its ranks, rank 0 first."""
+    """The actors of the loop and the deadline of their calls; `learner` are its ranks, rank 0 first. Weights travel in
+    chunks of about `chunk_bytes`."""
 
     learner: list[Any]
     rollout: Any
     reward: Any
     seconds: float
+    chunk_bytes: int
 
     def generate(self, prompts: RolloutPrompts, **arguments: Any) -> ray.ObjectRef:
         """Reference of a finished batch of rollouts, which stays in the object store."""
@@ -38,9 +41,23 @@ class SrpoActors:
 
     def transfer_weights(self) -> int:
         """Learner -> object store -> rollout engine; returns the version that samples from now on."""
-        exported = [rank.exported_weights.options(num_returns=2).remote() for rank in self.learner]
-        version = await_result(self.rollout.update_weights.remote(*exported[0]), "the weight transfer", self.seconds)
-        return int(version)
+        streaming = {"num_returns": "streaming"}
+        streams = [rank.weight_chunks.options(**streaming).remote(self.chunk_bytes) for rank in self.learner]
+        of_ranks = [
+            await_stream(stream, f"the weights of learner rank {rank}", self.seconds)
+            for rank, stream in enumerate(streams)
+        ]
+        for rank, chunks in enumerate(of_ranks[1:], start=1):  # empty ones; an error of the rank is among them
+            await_result(chunks[-1], f"the weights of learner rank {rank}", self.seconds)
+        call = self.rollout.update_weights.remote(of_ranks[0], seconds=self.seconds)
+        return int(await_result(call, "the weight transfer", self.seconds))
+
+    def weight_gap(self, tokens: np.ndarray) -> float:
+        """Largest difference between what learner and engine give for the log-probabilities of some tokens."""
+        calls = [rank.token_log_probabilities.remote(tokens) for rank in self.learner]
+        sampled = await_result(self.rollout.token_log_probabilities.remote(tokens), "the weight check", self.seconds)
+        learnt = [await_result(call, "the weight check of the learner", self.seconds) for call in calls]
+        return float(np.abs(learnt[0] - sampled).max())
 
     def update(self, members: list[tuple[int, int]], advantages: RaggedArray, batches: list[ray.ObjectRef]) -> dict:
         """One update of the policy by all ranks; returns its metrics."""
@@ -98,4 +115,4 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
             await_result(call, f"the start of learner rank {rank}", cluster.start_seconds)
         sampler = await_result(rollout.sampler_in_use.remote(), "the rollout engine's start", cluster.start_seconds)
         console.print(f"rollout engine: sampler {sampler}")
-        yield SrpoActors(learner, rollout, reward, cluster.call_seconds)
+        yield SrpoActors(learner, rollout, reward, cluster.call_seconds, cluster.weight_chunk_mib * 2**20)

@@ -96,6 +96,7 @@ class SrpoLoop:
         self.positions, self.drawn = self.generator.permutation(positions), 0
         self.surplus: list[ScoredGroup] = []
         self.version = 0
+        self.weight_gap = 0.0
         self.kept_share = {False: 1.0, True: 1.0}
         self.prompts_made = 0
 
@@ -110,6 +111,18 @@ class SrpoLoop:
             count -= len(part)
             chosen.append(part)
         return np.concatenate(chosen)
+
+    def check_weights(self) -> None:
+        """Compare what learner and engine make of a prompt and its true answer. Raises RuntimeError where they differ
+        by more than the types' precision explains."""
+        prompt = self.source.prompts(self.positions[:1], ["direct"])
+        answer = self.source.corpus.builder.item_tokens[int(prompt.targets[0])]
+        self.weight_gap = self.actors.weight_gap(np.array([*prompt.tokens[0], *answer]))
+        if self.weight_gap > self.settings.train.weight_gap:
+            raise RuntimeError(
+                f"with weights of version {self.version} the rollout engine's log-probabilities differ from the "
+                f"learner's by {self.weight_gap:.3g}, more than train.weight_gap: it samples from other weights"
+            )
 
     def step(self, step: int) -> dict[str, float]:
         """One step; returns its metrics, seconds by phase among them."""
@@ -174,6 +187,8 @@ class SrpoLoop:
             learnt = actors.update(members, RaggedArray(advantages_R.numpy(), rewards.offsets), batches)
         with timers("weights"):
             self.version = actors.transfer_weights()
+            if step == 1 or step % train.weight_check_steps == 0:
+                self.check_weights()
         total = time.perf_counter() - started
         responses = sum(scores.rewards.size for _, scores in scored)
         return {
@@ -184,6 +199,7 @@ class SrpoLoop:
             "groups_kept_for_later": float(len(self.surplus)),
             "groups_expired": float(expired),
             "weight_version": float(self.version),
+            "weight_gap": self.weight_gap,
             **{f"seconds/{phase}": seconds for phase, seconds in timers.seconds.items()},
             "seconds/step": total,
             "responses_per_second": responses / total,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +15,16 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import numpy as np
-import safetensors.torch
 import torch.distributed
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from learner.low_rank import merged_weights
+from learner.packing import pack_groups
 from learner.policy import Policy
+from learner.weight_chunks import WeightChunk, tensors_of, weight_chunks
 
 Schedule = Literal["cosine", "constant"]
+SAVED_BUCKET_BYTES = 256 * 2**20  # gathered at a time for a checkpoint
 STATE_TAG = "state"  # DeepSpeed's name of the one state in a checkpoint folder
 
 
@@ -186,36 +188,44 @@ class LearnerEngine:
         torch.distributed.all_reduce(values, op=operation)
         return values.tolist()
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The language model's weights on the CPU, low-rank ones merged in, a tied head left out.
+    def weight_buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The language model's weights on the CPU in buckets of about that size, low-rank ones merged in.
 
-        Under ZeRO 3 every rank has to call this; parameters are gathered one by one, and only rank 0 keeps them.
+        Every rank goes through all of them, and only those of rank 0 are not empty. Under ZeRO 3 one bucket is gathered
+        at a time.
         """
         model = self.engine.module.language_model
-        if self.engine.zero_optimization_stage() < 3:
-            named = merged_weights(model)
-        else:
-            named = {}
-            for name, weight in model.named_parameters():
-                with deepspeed.zero.GatheredParameters([weight]):
-                    if self.rank == 0:
-                        named[name] = weight.detach().cpu().clone()
-        tied = model.config.tie_word_embeddings
-        return {
-            name: weight.detach().cpu().contiguous()
-            for name, weight in named.items()
-            if not (tied and name == "lm_head.weight")
-        }
+        gathered = self.engine.zero_optimization_stage() == 3
+        named = dict(model.named_parameters()) if gathered else merged_weights(model)
+        bucket: list[tuple[str, torch.Tensor]] = []
+        size = 0
+        for number, (name, weight) in enumerate(named.items(), start=1):
+            bucket.append((name, weight))
+            size += weight.element_size() * (weight.ds_numel if gathered else weight.numel())
+            if size < bucket_bytes and number < len(named):
+                continue
+            with deepspeed.zero.GatheredParameters([weight for _, weight in bucket], enabled=gathered):
+                kept = bucket if self.rank == 0 else []
+                copies = [(key, value.detach().clone() if gathered else value.detach()) for key, value in kept]
+            yield [(key, value.cpu()) for key, value in copies]
+            bucket, size = [], 0
 
-    def exported_weights(self) -> np.ndarray:
-        """uint8: the weights as one safetensors buffer, which the object store hands over uncopied; on rank 0 alone,
-        though every rank calls this."""
-        weights = self.weights()
-        return np.frombuffer(safetensors.torch.save(weights) if self.rank == 0 else b"", dtype=np.uint8)
+    def weight_chunks(self, version: int, bucket_bytes: int) -> Iterator[WeightChunk]:
+        """The weights on their way to an engine; every rank goes through them, and those of rank 0 are not empty."""
+        tied = self.engine.module.language_model.config.tie_word_embeddings
+        return weight_chunks(self.weight_buckets(bucket_bytes), version, tied_head=tied)
+
+    def token_log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [tokens - 1]: of every token but the first over the whole vocabulary; every rank calls this."""
+        packed = pack_groups([(tokens[:1], [tokens[1:]])]).to(self.device)
+        self.engine.eval()
+        with torch.no_grad():  # not inference mode: ZeRO 3 keeps parameters that it gathers
+            values = self.engine(packed)
+        return values.float().cpu().numpy()
 
     def save(self, folder: str | Path, tokenizer: Any) -> None:
         """Write a checkpoint that transformers and vLLM load as it is; every rank calls this, rank 0 writes."""
-        weights = self.weights()
+        weights = dict(tensors_of(self.weight_chunks(0, SAVED_BUCKET_BYTES)))
         if self.rank == 0:
             self.engine.module.language_model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
             tokenizer.save_pretrained(folder)

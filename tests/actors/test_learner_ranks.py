@@ -7,7 +7,9 @@ import safetensors.torch
 import torch
 
 from actors.learner import LearnerActor, meeting_place
+from cluster.placement import await_stream
 from item_index.ragged import RaggedArray
+from learner.weight_chunks import tensors_of
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 MODES = ["direct", "reasoning", "reasoning", "direct", "direct", "reasoning"]
@@ -58,8 +60,11 @@ def update(learner, batch, advantages):
 
 
 def weights(learner):
-    (buffer, _), *_ = ray.get([rank.exported_weights.remote() for rank in learner], timeout=300)
-    return safetensors.torch.load(buffer.tobytes())
+    streams = [rank.weight_chunks.options(num_returns="streaming").remote(50_000) for rank in learner]
+    chunks, *of_others = [ray.get(await_stream(stream, "the weights", 300)) for stream in streams]
+    assert len(chunks) > 3
+    assert all(len(of_rank) == len(chunks) for of_rank in of_others), "all ranks go through every bucket"
+    return {name: tensor.clone() for name, tensor in tensors_of(chunks)}
 
 
 def trained(tiny, **how):

@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 import ray
-import safetensors.torch
 import torch
 from tiny import make_tiny, policy_of
 from transformers import LlamaForCausalLM
 
 from actors.learner import LearnerActor
 from actors.rollout import ENVIRONMENT, RolloutActor, prompt_seeds
+from cluster.placement import await_stream
 from item_index.ragged import RaggedArray
 from learner.policy import load_language_model
 from learner.srpo import allowed_in, response_log_probabilities
+from learner.weight_chunks import weight_chunks
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 MODES = ["direct", "reasoning"] * 4
@@ -37,10 +38,11 @@ def perturbed(model, seed):
     return copy.eval()
 
 
-def as_buffer(model):
-    tied = model.config.tie_word_embeddings
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
-    return np.frombuffer(safetensors.torch.save(state), dtype=np.uint8)
+def as_chunks(model, version, *, tensors=3):
+    """The weights of a model, a few tensors a chunk."""
+    named = list(model.state_dict().items())
+    buckets = [named[first : first + tensors] for first in range(0, len(named), tensors)]
+    return list(weight_chunks(buckets, version, tied_head=model.config.tie_word_embeddings))
 
 
 def test_outputs_and_log_probabilities_follow_the_new_weights(tiny, rollout_engine):
@@ -48,7 +50,7 @@ def test_outputs_and_log_probabilities_follow_the_new_weights(tiny, rollout_engi
     old = rollout_engine.generate(prompts, responses=4, seeds=seeds)
     new_model = perturbed(tiny.model, seed=1)
     try:
-        assert rollout_engine.update_weights(as_buffer(new_model), version=5) == 5
+        assert rollout_engine.update_weights(as_chunks(new_model, 5)) == 5
         new = rollout_engine.generate(prompts, responses=4, seeds=seeds)
         assert (new.weight_versions == 5).all()
         assert new.responses.values.tolist() != old.responses.values.tolist()
@@ -58,6 +60,33 @@ def test_outputs_and_log_probabilities_follow_the_new_weights(tiny, rollout_engi
         rollout_engine.load_weights(str(tiny.checkpoint), 0)
     back = rollout_engine.generate(prompts, responses=4, seeds=seeds)
     assert back.responses.values.tolist() == old.responses.values.tolist()
+
+
+def test_an_engine_whose_update_was_interrupted_refuses_to_sample_until_one_is_whole(tiny, rollout_engine):
+    prompts, seeds = tiny.prompts(MODES), prompt_seeds(6, 1, len(MODES))
+    old = rollout_engine.generate(prompts, responses=2, seeds=seeds)
+    new = as_chunks(perturbed(tiny.model, seed=3), 7)
+
+    def dies_after_two():
+        yield from new[:2]
+        raise ConnectionError("the learner is gone")
+
+    try:
+        for chunks, error in (
+            (dies_after_two(), "the learner is gone"),
+            (new[:-1], "end after .* chunks, before their last one"),
+            ([new[0], new[2]], "chunk 1 was to come, and chunk 2 of version 7 came"),
+            ([*as_chunks(tiny.model, 0)[:1], *new[1:]], "chunk 1 was to come, and chunk 1 of version 7 came"),
+        ):
+            with pytest.raises((ConnectionError, ValueError), match=error):
+                rollout_engine.update_weights(chunks)
+            assert rollout_engine.weight_version() == 0
+            with pytest.raises(RuntimeError, match="weights of version 0 was not finished; update its weights"):
+                rollout_engine.generate(prompts, responses=2, seeds=seeds)
+    finally:
+        rollout_engine.update_weights(as_chunks(tiny.model, 0))
+    again = rollout_engine.generate(prompts, responses=2, seeds=seeds)
+    assert again.responses.values.tolist() == old.responses.values.tolist()
 
 
 def test_learner_and_rollout_actors_agree_on_weights_and_version_after_an_update(tiny, ray_cluster, tmp_path):
@@ -80,9 +109,15 @@ def test_learner_and_rollout_actors_agree_on_weights_and_version_after_an_update
     members = [(0, group) for group in range(len(MODES))]
     metrics = ray.get(learner.update.remote(members, advantages, batch), timeout=300)
     assert metrics["staleness"] == 0
-    buffer, version = learner.exported_weights.options(num_returns=2).remote()
-    assert ray.get(rollout.update_weights.remote(buffer, version), timeout=120) == 1
-    assert ray.get(rollout.weight_version.remote(), timeout=60) == ray.get(version, timeout=60) == 1
+    stream = learner.weight_chunks.options(num_returns="streaming").remote(100_000)
+    chunks = await_stream(stream, "the weights", 120)
+    assert len(chunks) > 3
+    assert ray.get(rollout.update_weights.remote(chunks), timeout=120) == 1
+    assert ray.get(rollout.weight_version.remote(), timeout=60) == 1
+    tokens = np.array([*prompts.tokens[0], *tiny.builder.item_tokens[3]])
+    probed = [ray.get(actor.token_log_probabilities.remote(tokens), timeout=120) for actor in (rollout, learner)]
+    assert len(probed[0]) == len(tokens) - 1
+    assert np.abs(probed[0] - probed[1]).max() < 2e-3
     fresh = ray.get(rollout.generate.remote(prompts, responses=4, seeds=seeds), timeout=120)
     assert fresh.responses.values.tolist() != ray.get(batch, timeout=60).responses.values.tolist()
     folder = ray.get(learner.save.remote(str(tmp_path / "saved")), timeout=120)
@@ -102,7 +137,7 @@ def test_an_engine_with_tied_embeddings_follows_an_update(ray_cluster, tmp_path)
     assert largest_gap(tiny, tiny.model, ray.get(rollout.generate.remote(prompts, responses=4, seeds=seeds))) < 2e-3
     new_model = perturbed(tiny.model, seed=2)
     assert new_model.get_output_embeddings().weight is new_model.get_input_embeddings().weight
-    ray.get(rollout.update_weights.remote(as_buffer(new_model), 1), timeout=120)
+    ray.get(rollout.update_weights.remote(as_chunks(new_model, 1)), timeout=120)
     fresh = ray.get(rollout.generate.remote(prompts, responses=4, seeds=seeds), timeout=120)
     assert largest_gap(tiny, new_model, fresh) < 2e-3
     ray.kill(rollout)
