@@ -19,6 +19,7 @@ from learner.low_rank import LowRankSettings, add_low_rank_weights
 from learner.objective import ObjectiveSettings
 from learner.packed_attention import PACKED
 from learner.policy import Policy, load_language_model
+from learner.rollout_files import TrainedGroups, write_trained_groups
 from learner.rollouts import RolloutBatch
 from learner.srpo import GroupPolicyLearner
 from learner.weight_chunks import WeightChunk
@@ -72,12 +73,17 @@ class LearnerRank:
         )
 
     def update(
-        self, members: Sequence[tuple[int, int]], advantages: RaggedArray, *batches: RolloutBatch
+        self,
+        members: Sequence[tuple[int, int]],
+        advantages: RaggedArray,
+        *batches: RolloutBatch,
+        record: dict[str, Any] | None = None,
     ) -> dict[str, float]:
         """One SRPO update on the groups `members`, (batch, place in it) each; the version counts up.
 
         `advantages` has a row per member, with the float32 advantages of its responses. Every rank is called with the
-        same arguments. Raises ValueError for rollouts under another index version.
+        same arguments. Rank 0 keeps the groups where a `record` is given: the `file` to write, the number of the
+        `step`, and the `rewards` like the advantages. Raises ValueError for rollouts under another index version.
         """
         assert self.group_policy is not None, "call prepare_srpo first"
         parts, order = [], []
@@ -90,7 +96,12 @@ class LearnerRank:
             rows = [row for row, (of_batch, _) in enumerate(members) if of_batch == number]
             parts.append(batch.select(np.array([members[row][1] for row in rows])))
             order += rows
-        metrics = self.group_policy.update(RolloutBatch.concatenate(parts), advantages.select(np.array(order)).values)
+        batch, in_order = RolloutBatch.concatenate(parts), np.array(order)
+        advantages_R = advantages.select(in_order).values
+        if record is not None and self.engine.rank == 0:
+            rewards_R = record["rewards"].select(in_order).values
+            write_trained_groups(record["file"], TrainedGroups(record["step"], batch, rewards_R, advantages_R))
+        metrics = self.group_policy.update(batch, advantages_R)
         self.version += 1
         return {
             **metrics,

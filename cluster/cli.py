@@ -18,6 +18,8 @@ app = typer.Typer(
 )  # fmt: skip
 data = typer.Typer(no_args_is_help=True, help="Make items.parquet and interactions.parquet.")
 app.add_typer(data, name="data")
+rollouts = typer.Typer(no_args_is_help=True, help="Look at rollouts that the train stage kept.")
+app.add_typer(rollouts, name="rollouts")
 
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; defaults without one.")]
 Overrides = Annotated[
@@ -36,6 +38,22 @@ def ml_100k(
     console.print(TERMS_OF_USE, highlight=False)
     items, interactions = convert_movielens_100k(output)
     console.print(f"data: {items} items and {interactions} interactions written to {output}")
+
+
+@rollouts.command("show")
+def show_rollouts(
+    file: Annotated[Path, typer.Argument(help="A file of rollouts/ in the run folder.")],
+    config: Config = None,
+    groups: Annotated[int, typer.Option(min=1, help="Groups to show.")] = 4,
+    responses: Annotated[int, typer.Option(min=2, help="Best and worst responses of a group to show.")] = 6,
+) -> None:
+    """Print groups with titles, rewards and advantages."""
+    from cluster.rollout_report import rollout_report
+    from curriculum.corpus import load_corpus
+
+    folder = load_settings(config, ()).folder
+    corpus = load_corpus(folder / "corpus", folder / "index")
+    print(rollout_report(file, corpus, groups=groups, responses=responses))
 
 
 def _amazon_command(year: int) -> None:
@@ -90,7 +108,27 @@ def index(
 
 _stage_command("corpus", "Split the interactions and write rows, prompts and the tokenizer.")
 _stage_command("sft", "Supervised training on next items and reasoning.")
-_stage_command("train", "Post-train by SRPO.")
+
+
+@app.command("train")
+def train(
+    config: Config = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Train on the groups of this file or folder (see train.dump_rollouts), without an engine."),
+    ] = None,
+) -> None:
+    """Post-train by SRPO."""
+    if replay is None or dry_run:
+        _run(["train"], config, overrides, dry_run)
+        return
+    from cluster.pipeline import replay_rollouts
+
+    replay_rollouts(load_settings(config, overrides or ()), replay)
+
+
 _stage_command("evaluate", "Evaluate both modes beside the baselines.")
 
 

@@ -220,14 +220,6 @@ def example_recommendations(corpus: Corpus, prompts: RolloutPrompts, results: di
         if chains is not None:
             chain = chains.responses_of(user)[0]
             text = chain[: int(np.nonzero(chain == corpus.builder.tokens.answer_open)[0][0])].tolist()
-            lines.append(f"- a chain: {with_titles(corpus.tokenizer.decode(text), corpus)}")
+            lines.append(f"- a chain: {corpus.with_titles(corpus.tokenizer.decode(text))}")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
-
-
-def with_titles(text: str, corpus: Corpus) -> str:
-    """Semantic IDs in a chain, longest first, replaced by their titles in brackets."""
-    rows = sorted(range(len(corpus.index)), key=lambda row: -int(corpus.index.lengths_I[row]))
-    for row in rows:
-        text = text.replace(corpus.index.text(row), f" [{corpus.catalogue.titles[row]}]")
-    return text

@@ -195,6 +195,9 @@ class TrainSettings(Section):
     weight_gap: float = Field(
         0.1, gt=0, description="Difference of their log-probabilities above which the stage ends with an error."
     )
+    dump_rollouts: bool = Field(
+        False, description="Write the groups that a step trains on into rollouts/, to show them or to train on again."
+    )
     probe_prompts: int = Field(256, ge=0, description="Fixed validation prompts scored before and after training.")
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="The token-level objective.")
 

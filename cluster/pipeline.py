@@ -171,17 +171,32 @@ def is_current(settings: Settings, name: str) -> bool:
     return marker.is_file() and json.loads(marker.read_text())["fingerprint"] == fingerprint(settings, name)
 
 
+def _require_current(settings: Settings, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not is_current(settings, name):
+            raise InputError(
+                f"the {name} stage is missing or was made with other settings", file=settings.folder,
+                remedy=f"Run `gream {name}` with the same config, or `gream run` for all stages.",
+            )  # fmt: skip
+
+
+def replay_rollouts(settings: Settings, path: Path) -> None:
+    """Train the supervised checkpoint on groups that a run kept; writes `replay/` in the run folder."""
+    from cluster.replay import rollout_files, run_replay
+
+    files = rollout_files(path)
+    _require_current(settings, ("sft",))
+    checkpoint = settings.folder / "sft" / "checkpoint"
+    with tracked(settings, "replay") as tracker:
+        run_replay(settings, settings.folder / "index", checkpoint, files, settings.folder / "replay", tracker)
+
+
 def run_stages(settings: Settings, names: list[str], *, update_index: bool = False) -> None:
     """Run stages in order, each only where its inputs have changed; earlier stages must be there and current.
 
     With `update_index` an index that is not current is grown to the new catalogue instead of made anew.
     """
-    for earlier in inputs_of(settings, names[0]):
-        if not is_current(settings, earlier):
-            raise InputError(
-                f"the {earlier} stage is missing or was made with other settings", file=settings.folder,
-                remedy=f"Run `gream {earlier}` with the same config, or `gream run` for all stages.",
-            )  # fmt: skip
+    _require_current(settings, inputs_of(settings, names[0]))
     transformers_logging.disable_progress_bar()  # a stage shows its own
     settings.folder.mkdir(parents=True, exist_ok=True)
     for name in names:

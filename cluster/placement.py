@@ -54,13 +54,13 @@ def require_resources(bundles: Sequence[dict[str, float]]) -> None:
 
 
 @contextmanager
-def engines_placed(settings: ClusterSettings, *, learner_ranks: int = 0) -> Iterator[PlacementGroup]:
-    """A placement group with bundle 0 for an engine and the next ones for the learner's ranks.
+def engines_placed(settings: ClusterSettings, *, engines: int = 1, learner_ranks: int = 0) -> Iterator[PlacementGroup]:
+    """A placement group with the first bundles for engines and the next ones for the learner's ranks.
 
     Raises RuntimeError that says what was asked and what the cluster has when it is not ready by the deadline.
     """
     gpu = {"GPU": settings.gpus_per_engine} if settings.gpus_per_engine else {}
-    cpus = [settings.rollout_cpus, *[settings.learner_cpus] * learner_ranks]
+    cpus = [*[settings.rollout_cpus] * engines, *[settings.learner_cpus] * learner_ranks]
     bundles = [{"CPU": count, **gpu} for count in cpus]
     require_resources(bundles)
     group = placement_group(bundles, strategy="PACK")

@@ -61,6 +61,8 @@ def run_train(
 ):
     """Post-train the supervised checkpoint; the result is `folder/checkpoint`, the probes are `folder/probe.json`."""
     train = settings.train
+    for outdated in (settings.folder / "rollouts").glob("step-*.parquet"):
+        outdated.unlink()
     source = PromptSource(corpus, reasoning_budget=train.reasoning_budget, exclude_seen=train.exclude_seen)
     with ray_session(settings.cluster), srpo_actors(settings, index_folder, sft_checkpoint) as actors:
         before = probe(settings, source, actors)
@@ -72,7 +74,7 @@ def run_train(
                 bar.advance(reward=metrics["reward"], direct=metrics.get("direct/reward", math.nan),
                             reasoning=metrics.get("reasoning/reward", math.nan))  # fmt: skip
         after = probe(settings, source, actors)
-        actors.save(folder / "checkpoint")
+        actors.learner.save(folder / "checkpoint")
     report = compare_probes(before, after, seed=settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "probe.json").write_text(json.dumps(report, indent=2))
@@ -95,6 +97,7 @@ class SrpoLoop:
         self.generator = np.random.default_rng([settings.seed, 4])
         self.positions, self.drawn = self.generator.permutation(positions), 0
         self.surplus: list[ScoredGroup] = []
+        self.dumps = (settings.folder / "rollouts").resolve()
         self.version = 0
         self.weight_gap = 0.0
         self.kept_share = {False: 1.0, True: 1.0}
@@ -150,9 +153,7 @@ class SrpoLoop:
             with timers("rewards"):
                 scores: ScoredResponses = await_result(actors.reward.score.remote(batch), "the rewards", actors.seconds)
             scored.append((prompts.reasoning, scores))
-            varied = groups_with_variance(
-                torch.from_numpy(scores.rewards), torch.from_numpy(scores.group_sizes)
-            ).numpy()
+            varied = groups_with_variance(torch.tensor(scores.rewards), torch.tensor(scores.group_sizes)).numpy()
             ends = np.cumsum(scores.group_sizes)[:-1]
             rewards_of, hits_of = np.split(scores.rewards, ends), np.split(scores.hits, ends)
             for mode in wanted:
@@ -184,7 +185,11 @@ class SrpoLoop:
             batches = list({group.batch: None for group in chosen})
             number = {batch: place for place, batch in enumerate(batches)}
             members = [(number[group.batch], group.place) for group in chosen]
-            learnt = actors.update(members, RaggedArray(advantages_R.numpy(), rewards.offsets), batches)
+            record = None
+            if train.dump_rollouts:
+                record = {"file": str(self.dumps / f"step-{step:06d}.parquet"), "step": step, "rewards": rewards}
+            advantages = RaggedArray(advantages_R.numpy(), rewards.offsets)
+            learnt = actors.learner.update(members, advantages, batches, record=record)
         with timers("weights"):
             self.version = actors.transfer_weights()
             if step == 1 or step % train.weight_check_steps == 0:

@@ -41,6 +41,12 @@ class Corpus:
     builder: PromptBuilder
     summary: dict[str, Any]
 
+    def with_titles(self, text: str) -> str:
+        """A text in which semantic IDs, longest first, are replaced by their items' titles in brackets."""
+        for row in np.argsort(-self.index.lengths_I, kind="stable").tolist():
+            text = text.replace(self.index.text(row), f" [{self.catalogue.titles[row]}]")
+        return text
+
 
 def build_corpus(
     folder: Path,

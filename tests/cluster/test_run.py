@@ -5,10 +5,16 @@ import json
 import sqlite3
 
 import pytest
+import safetensors.torch
+import torch
 from small_tables import write_tables
 
-from cluster.pipeline import STAGES, run_stages
+from cluster.pipeline import STAGES, replay_rollouts, run_stages
+from cluster.rollout_report import rollout_report
 from cluster.settings import load_settings
+from curriculum.corpus import load_corpus
+from item_index.input_error import InputError
+from learner.rollout_files import read_trained_groups
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +78,40 @@ def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
     assert set(alone) == {"popularity", "markov", "item_knn", "direct_sft"}
     assert alone["direct_sft"] == results["direct_sft"]
     assert "- a chain:" not in (settings.folder / "evaluation" / "examples.md").read_text()
+
+
+@pytest.mark.engines
+@pytest.mark.timeout(900)
+def test_a_replay_of_the_kept_rollouts_gives_the_same_policy_without_an_engine(run, capsys, monkeypatch):
+    settings = run("train.dump_rollouts=true")
+    run_stages(settings, ["index", "corpus", "sft", "train"])
+    files = sorted((settings.folder / "rollouts").iterdir())
+    assert [file.name for file in files] == ["step-000001.parquet", "step-000002.parquet"]
+
+    # No engine is started: it could not be.
+    monkeypatch.setattr("cluster.rollout_engine.RolloutActor", None)
+    replay_rollouts(settings, settings.folder / "rollouts")
+    trained, replayed = (
+        safetensors.torch.load_file(settings.folder / stage / "checkpoint" / "model.safetensors")
+        for stage in ("train", "replay")
+    )
+    before = safetensors.torch.load_file(settings.folder / "sft" / "checkpoint" / "model.safetensors")
+    assert trained.keys() == replayed.keys()
+    assert any(not torch.equal(trained[name], before[name]) for name in trained)
+    for name in trained:
+        assert torch.equal(trained[name], replayed[name]), name
+    lines = [json.loads(line) for line in (settings.folder / "replay" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+
+    corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
+    report = rollout_report(files[0], corpus, groups=2, responses=4)
+    groups = read_trained_groups(files[0])
+    assert f"step 1: {len(groups.batch)} groups, 2 shown" in report
+    assert f"true next item: {corpus.catalogue.titles[int(groups.batch.prompts.targets[0])]}" in report
+    assert report.count("  advantage ") == 8
+    best = groups.rewards[: groups.batch.group_sizes[0]].max()
+    assert f"  reward {best:.3f}" in report
+    assert corpus.index.text(0)[:4] not in report, "semantic IDs are shown as titles"
+
+    with pytest.raises(InputError, match="holds no groups"):
+        replay_rollouts(settings, settings.folder / "corpus")
