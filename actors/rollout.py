@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -202,23 +202,17 @@ class RolloutEngine:
         """Replace the weights by those of another version and forget cached prefixes; returns the new version.
 
         Args:
-            chunks: in order; references are fetched one after the other, so that one chunk is held at a time.
-            seconds: deadline for each of them.
+            chunks: in order, or references to them.
+            seconds: deadline for the arrival of each.
 
-        Where it fails, the weights are of two versions: the engine then refuses to sample until an update is whole.
+        Nothing is touched before all chunks are there, so a transfer that breaks off leaves the old weights. Where the
+        loading itself fails, the weights are of two versions, and the engine does not sample any more.
         """
-        version = self._weight_version
-
-        def fetched() -> Iterator[WeightChunk]:
-            nonlocal version
-            for reference in chunks:
-                chunk = ray.get(reference, timeout=seconds) if isinstance(reference, ray.ObjectRef) else reference
-                version = chunk.version
-                yield chunk
-
-        self._reload(weights_iterator=tensors_of(fetched()))
-        self._weight_version = version
-        return version
+        arrived = [ray.get(one, timeout=seconds) if isinstance(one, ray.ObjectRef) else one for one in chunks]
+        weights = list(tensors_of(arrived))
+        self._reload(weights_iterator=iter(weights))
+        self._weight_version = arrived[-1].version
+        return self._weight_version
 
     def load_weights(self, model_folder: str, version: int) -> int:
         """Replace the weights by those of another checkpoint of the same model and tokenizer."""
@@ -227,7 +221,8 @@ class RolloutEngine:
         return version
 
     def _reload(self, **source: Any) -> None:
-        self._broken = f"the update of the weights of version {self._weight_version} was not finished"
+        self._require_whole_weights()
+        self._broken = f"loading weights over those of version {self._weight_version} failed"
         self.llm.collective_rpc("reload_weights", kwargs=source)
         self.llm.collective_rpc("weights_changed")
         if not self.llm.reset_prefix_cache():
@@ -236,7 +231,7 @@ class RolloutEngine:
 
     def _require_whole_weights(self) -> None:
         if self._broken:
-            raise RuntimeError(f"the rollout engine cannot sample: {self._broken}; update its weights or start it anew")
+            raise RuntimeError(f"the rollout engine cannot sample: {self._broken}; start it anew")
 
 
 RolloutActor: Any = ray.remote(RolloutEngine)
