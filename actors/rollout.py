@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -44,12 +46,32 @@ def environment(model_runner: ModelRunner) -> dict[str, str]:
     return {**ENVIRONMENT, RUNNER_VARIABLE: "1" if model_runner == "v2" else "0"}
 
 
-def prompt_seeds(seed: int, step: int, count: int, offset: int = 0) -> list[int]:
-    """One seed per prompt, far apart: vLLM gives response i the seed + i, so neighbouring seeds would share noise."""
+def prompt_seeds(seed: int, stream: int, count: int, offset: int = 0) -> list[int]:
+    """One seed per prompt, far apart: vLLM gives response i the seed + i, so neighbouring seeds would share noise.
+
+    Args:
+        stream: of prompts: 0 for those that are fixed (probes, evaluation), 1 for those of training.
+        offset: prompts of the stream that came before.
+    """
     return [
-        int.from_bytes(hashlib.sha256(f"{seed}/{step}/{offset + number}".encode()).digest()[:7], "big")
+        int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{offset + number}".encode()).digest()[:7], "big")
         for number in range(count)
     ]
+
+
+@dataclass(frozen=True)
+class GenerationSummary:
+    """What the driver wants to know of a batch of rollouts without fetching it.
+
+    Attributes:
+        weight_version: that sampled all of it.
+        tokens: of all responses.
+        seconds: that the engine worked on it.
+    """
+
+    weight_version: int
+    tokens: int
+    seconds: float
 
 
 class RolloutEngine:
@@ -185,6 +207,21 @@ class RolloutEngine:
             index_version=self.index_version,
         )
 
+    @ray.method(num_returns=2)
+    def generate_with_summary(
+        self, prompts: RolloutPrompts, **arguments: Any
+    ) -> tuple[RolloutBatch, GenerationSummary]:
+        """`generate`, with a summary beside the batch, which can stay in the object store of the engine's node."""
+        started = time.perf_counter()
+        batch = self.generate(prompts, **arguments)
+        seconds = time.perf_counter() - started
+        return batch, GenerationSummary(self._weight_version, len(batch.responses.values), seconds)
+
+    @ray.method(concurrency_group="health")
+    def health(self) -> tuple[str, int]:
+        """Node and process id; answered in a thread of its own, also while the engine generates."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     def token_log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [tokens - 1]: of every token but the first, without a constraint: what the weights in use say."""
         from vllm import SamplingParams
@@ -234,4 +271,4 @@ class RolloutEngine:
             raise RuntimeError(f"the rollout engine cannot sample: {self._broken}; start it anew")
 
 
-RolloutActor: Any = ray.remote(RolloutEngine)
+RolloutActor: Any = ray.remote(concurrency_groups={"health": 1})(RolloutEngine)

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import ray
+from cluster.reward_pool import RewardPool
 from rich.table import Table
 
 from actors.ranking import RankingActor
-from actors.reward import RewardActor, ScoredResponses
 from actors.rollout import prompt_seeds
 from cluster.placement import await_result, engines_placed, ray_session
+from cluster.probe import scored_in_order
 from cluster.progress import Bar, console, progress_bar
 from cluster.prompts import PromptSource
-from cluster.rollout_engine import rollout_engine
+from cluster.rollout_engines import RolloutEngines, prompt_order
 from cluster.settings import Settings
 from cluster.tracking import Tracker
 from curriculum.corpus import Corpus
@@ -60,24 +61,26 @@ def run_evaluate(
     work = len(checkpoints) * (-(-len(users) // evaluation.batch_users)) * searches
     index = str(index_folder.resolve())
     threads = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cluster.threads)}}}
-    with ray_session(cluster), engines_placed(cluster) as group, progress_bar("evaluate", work) as bar:
-        rollout: Any = None
-        reward: Any = None
+    with (
+        ray_session(cluster),
+        engines_placed(cluster, engines=cluster.rollout_engines) as group,
+        progress_bar("evaluate", work) as bar,
+    ):
+        engines: RolloutEngines | None = None
+        rewards: RewardPool | None = None
         for version, (stage, checkpoint) in enumerate(checkpoints.items()):
             model = str(checkpoint.resolve())
             ranker = RankingActor.options(num_cpus=0, **threads).remote(model, index, threads=cluster.threads)
             if "direct" in evaluation.modes:
                 results[f"direct_{stage}"] = direct_result(settings, direct, ranker, len(corpus.index), bar)
             if "reasoning" in evaluation.modes:
-                if rollout is None:
-                    rollout = rollout_engine(group, settings, index, model)
-                    reward = RewardActor.options(num_cpus=0).remote(
-                        index, model, minimum_think_tokens=settings.train.minimum_think_tokens
-                    )
+                if engines is None or rewards is None:
+                    rewards = RewardPool.start(settings, index, model)
+                    engines = RolloutEngines(group, settings, index, model)
                 else:  # one engine serves all checkpoints: its start costs more than a reload
-                    await_result(rollout.load_weights.remote(model, version), "the reload", cluster.start_seconds)
+                    engines.wait(engines.load_weights(model, version))
                 results[f"reasoning_{stage}"] = reasoning_result(
-                    settings, reasoning, rollout, reward, ranker, corpus, bar
+                    settings, reasoning, engines, rewards, ranker, corpus, bar
                 )
             ray.kill(ranker)
 
@@ -144,17 +147,22 @@ def direct_result(settings: Settings, prompts: RolloutPrompts, ranker: Any, item
 
 
 def reasoning_result(
-    settings: Settings, prompts: RolloutPrompts, rollout: Any, reward: Any, ranker: Any, corpus: Corpus, bar: Bar
+    settings: Settings,
+    prompts: RolloutPrompts,
+    engines: RolloutEngines,
+    rewards: RewardPool,
+    ranker: Any,
+    corpus: Corpus,
+    bar: Bar,
 ) -> ModeResult:
     """Reasoning mode: M chains per user by vLLM, a beam after each chain's `<answer>`, merged over the chains."""
     evaluation, chains = settings.evaluation, settings.evaluation.chains
-    reference = rollout.generate.remote(
-        prompts, responses=chains, seeds=prompt_seeds(settings.seed, 0, len(prompts)), temperature=1.0
-    )
-    scores: ScoredResponses = await_result(
-        reward.score.remote(reference), "the chains and their scores", settings.cluster.call_seconds
-    )
-    batch: RolloutBatch = await_result(reference, "the chains", settings.cluster.call_seconds)
+    seeds = prompt_seeds(settings.seed, 0, len(prompts))
+    calls = engines.generate(prompts, responses=chains, seeds=seeds, temperature=1.0)
+    scores = scored_in_order(engines, rewards, calls)
+    seconds = settings.cluster.call_seconds
+    parts = [await_result(call.references[0], "the chains", seconds) for call in calls]
+    batch = RolloutBatch.concatenate(parts).select(prompt_order(calls))
     opened = []
     answer_open = corpus.builder.tokens.answer_open
     for row, response in enumerate(batch.responses):
@@ -174,7 +182,7 @@ def reasoning_result(
         "well_formed_rate": float(scores.well_formed.mean()),
         "forced_close_rate": float(scores.forced.mean()),
         "response_tokens": float(scores.lengths.mean()),
-        "mean_reward": float(scores.rewards.mean()),
+        "mean_reward": float(np.nanmean(scores.rewards)),
     }
     figures = chain_metrics(scores.chains, minimum_think_tokens=settings.train.minimum_think_tokens)
     metrics |= {f"chains/{name}": value for name, value in figures.items()}

@@ -186,7 +186,10 @@ class TrainSettings(Section):
         description="Skipped steps in a row (loss or gradient not finite) before the stage ends.",
     )
     generation_rounds: int = Field(4, ge=1, description="Rounds of generation that may fill one step's batch.")
-    maximum_staleness: int = Field(1, ge=0, description="Steps for which surplus groups may be kept.")
+    max_staleness: int = Field(
+        0, ge=0,
+        description="Versions that a trained group may be behind: 0 takes turns, above it engines work ahead.",
+    )  # fmt: skip
     weight_check_steps: int = Field(
         10,
         ge=1,

@@ -33,7 +33,7 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        cpus = max(settings.learner_cpus + settings.rollout_cpus, os.cpu_count() or 1)
+        cpus = max(settings.learner_cpus + settings.rollout_engines * settings.rollout_cpus, os.cpu_count() or 1)
         ray.init(num_cpus=int(cpus), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from cluster.reward_pool import RewardPool
 
 from actors.reward import ScoredResponses
 from actors.rollout import prompt_seeds
-from cluster.placement import await_result
 from cluster.prompts import PromptSource
+from cluster.rollout_engines import EngineCall, RolloutEngines, prompt_order
 from cluster.settings import Settings
 from cluster.srpo_actors import SrpoActors
 from evaluation.metrics import paired_bootstrap
 from item_index.constraint import MODES
 
 PROBE_RESPONSES = 4
+Scores = dict[str, ScoredResponses]  # by mode
 
 
-def probe(settings: Settings, source: PromptSource, actors: SrpoActors) -> dict[str, ScoredResponses]:
+def probe(settings: Settings, source: PromptSource, actors: SrpoActors) -> Scores:
     """Scores of the same validation prompts with the same seeds, in each mode that is trained."""
     positions = np.random.default_rng([settings.seed, 5]).permutation(source.evaluation_positions("validation"))
     positions = positions[: settings.train.probe_prompts]
@@ -26,25 +31,39 @@ def probe(settings: Settings, source: PromptSource, actors: SrpoActors) -> dict[
         if not len(positions) or share == 0:
             continue
         prompts = source.prompts(positions, [mode] * len(positions))
-        batch = actors.generate(
+        calls = actors.engines.generate(
             prompts, responses=PROBE_RESPONSES, seeds=prompt_seeds(settings.seed, 0, len(prompts)),
             temperature=settings.train.temperature,
         )  # fmt: skip
-        scores[mode] = await_result(actors.reward.score.remote(batch), "the probe", actors.seconds)
+        scores[mode] = scored_in_order(actors.engines, actors.rewards, calls)
     return scores
 
 
-def compare_probes(
-    before: dict[str, ScoredResponses], after: dict[str, ScoredResponses], *, seed: int
-) -> dict[str, dict[str, float]]:
-    """Mean rewards before and after, paired by prompt, with a 95 % bootstrap interval; per mode and over both."""
-    pairs = {
+def scored_in_order(engines: RolloutEngines, rewards: RewardPool, calls: Sequence[EngineCall]) -> ScoredResponses:
+    """Wait for generations; their scores in the order of the prompts."""
+    engines.wait(calls)
+    scores = rewards.score([call.references[0] for call in calls], [len(call.prompts) for call in calls])
+    return ScoredResponses.concatenate(scores).select(prompt_order(calls))
+
+
+def mean_rewards(scores: Scores) -> dict[str, float]:
+    """Mean reward by mode, over the prompts that could be scored."""
+    return {mode: float(np.nanmean(of_mode.rewards)) for mode, of_mode in scores.items()}
+
+
+def compare_probes(before: Scores, after: Scores, *, seed: int) -> dict[str, dict[str, float]]:
+    """Mean rewards before and after, paired by prompt, with a 95 % bootstrap interval; per mode and over both.
+
+    Prompts that could not be scored either time are left out.
+    """
+    pairs: dict[str, Any] = {
         mode: tuple(scores[mode].rewards.reshape(-1, PROBE_RESPONSES).mean(axis=1) for scores in (before, after))
         for mode in before
     }
     if len(pairs) > 1:
         first, last = zip(*pairs.values(), strict=True)
         pairs["both modes"] = (np.mean(first, axis=0), np.mean(last, axis=0))
+    pairs = {mode: np.stack(pair)[:, ~np.isnan(pair).any(axis=0)] for mode, pair in pairs.items()}
     report = {}
     for mode, (first, last) in pairs.items():
         difference, low, high = paired_bootstrap(first, last, seed=seed)

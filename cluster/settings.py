@@ -36,8 +36,9 @@ class EvaluationSettings(Section):
 
 class ClusterSettings(Section):
     address: str | None = Field(None, description="Ray address; null uses RAY_ADDRESS, or starts Ray on this machine.")
+    rollout_engines: int = Field(1, ge=1, description="Rollout engines of the train and evaluate stages.")
     learner_cpus: float = Field(1, gt=0, description="CPUs of the learner's placement-group bundle.")
-    rollout_cpus: float = Field(1, gt=0, description="CPUs of the rollout engine's bundle.")
+    rollout_cpus: float = Field(1, gt=0, description="CPUs of each rollout engine's bundle.")
     gpus_per_engine: float = Field(
         0, ge=0, description="GPUs of the learner's and of the rollout engine's bundle each."
     )
@@ -58,6 +59,12 @@ class ClusterSettings(Section):
     )
     index_worker_cpus: float = Field(1, gt=0, description="CPUs of each of them.")
     index_worker_gpus: float = Field(0, ge=0, description="GPUs of each actor that embeds.")
+    maximum_restarts: int = Field(
+        3, ge=0, description="Times in a row that a rollout engine or a reward worker may be started anew."
+    )
+    health_seconds: float = Field(
+        30, gt=0, description="Between two health checks of an engine that works, and the deadline of each."
+    )
     start_seconds: float = Field(300, gt=0, description="Deadline for an actor to start.")
     call_seconds: float = Field(1800, gt=0, description="Deadline for one call of an actor.")
 

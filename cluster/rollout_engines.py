@@ -1,0 +1,229 @@
+"""The rollout engines of a stage: their calls in order, each with a deadline; a lost one is started anew."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+
+from actors.rollout import RolloutActor, environment
+from cluster.placement import DeadlineExceeded, await_result, in_bundle
+from cluster.progress import console
+from cluster.settings import Settings
+from learner.rollouts import RolloutPrompts
+
+
+@dataclass(eq=False)
+class EngineCall:
+    """A call of one engine, which is made again where the engine is lost before it has answered.
+
+    Attributes:
+        what: is asked for, in words.
+        submit: makes the call of an actor; the last reference it returns is that of a small result.
+        prompts: int64, places of a generation's prompts among all that were given to `generate`.
+        references: of the latest try.
+        result: what came back, once it is `done`.
+    """
+
+    what: str
+    submit: Callable[[Any], list[ray.ObjectRef]]
+    brings_weights: bool = False
+    prompts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    references: list[ray.ObjectRef] = field(default_factory=list)
+    result: Any = None
+    done: bool = False
+
+
+def prompt_order(calls: Sequence[EngineCall]) -> np.ndarray:
+    """int64: where each prompt's group stands in the batches of these generations, put one after the other."""
+    return np.argsort(np.concatenate([call.prompts for call in calls]))
+
+
+class _Engine:
+    """One actor, its calls that have not been answered yet, and how often it was lost since it last answered."""
+
+    def __init__(self, number: int, actor: Any) -> None:
+        self.name = f"rollout engine {number}"
+        self.number, self.actor = number, actor
+        self.queue: deque[EngineCall] = deque()
+        self.head_since = 0.0
+        self.failures = 0
+
+
+class RolloutEngines:
+    """`cluster.rollout_engines` engines in the first bundles of a placement group.
+
+    An engine works on its calls in the order in which they were made, so weights that are sent while it generates are
+    taken up after that generation: no response has tokens of two versions. An engine is lost when its process dies,
+    when it does not answer a health check, when a call is late, or when weights do not get through. It is then killed
+    and started anew, gets the latest weights, and then all calls that it still owed, with the same seeds. After
+    `cluster.maximum_restarts` losses in a row RuntimeError names the engine and the last cause.
+    """
+
+    def __init__(self, group: PlacementGroup, settings: Settings, index: str, model: str) -> None:
+        self.group, self.settings, self.cluster, self.index = group, settings, settings.cluster, index
+        self.model, self.model_version = model, 0
+        self.chunks: list[ray.ObjectRef] = []
+        self.restarts = 0
+        self.engines = [_Engine(number, self._start(number)) for number in range(self.cluster.rollout_engines)]
+        for engine in self.engines:
+            call = engine.actor.sampler_in_use.remote()
+            sampler = await_result(call, f"the start of {engine.name}", self.cluster.start_seconds)
+            console.print(f"{engine.name}: sampler {sampler}")
+
+    def _start(self, number: int) -> Any:
+        cluster = self.cluster
+        place = in_bundle(self.group, number, cluster, environment(cluster.model_runner))
+        return RolloutActor.options(**place).remote(
+            self.model, self.index, weight_version=self.model_version, dtype=cluster.dtype,
+            kv_cache_mib=cluster.kv_cache_mib, sequences=cluster.rollout_sequences, threads=cluster.threads,
+            seed=self.settings.seed, sampler=cluster.rollout_sampler, model_runner=cluster.model_runner,
+        )  # fmt: skip
+
+    def generate(
+        self, prompts: RolloutPrompts, *, responses: int, seeds: Sequence[int], temperature: float
+    ) -> list[EngineCall]:
+        """Spread the prompts over the engines and let them begin; a call for each engine that has a share.
+
+        The first reference of a finished call is that of its `RolloutBatch`, which stays in the object store; the
+        result is its `GenerationSummary`.
+        """
+        calls = []
+        for number, engine in enumerate(self.engines):
+            share = np.arange(number, len(prompts), len(self.engines))
+            if not len(share):
+                continue
+            arguments = {"responses": responses, "seeds": [seeds[row] for row in share], "temperature": temperature}
+            part = prompts.select(share)
+
+            def submit(actor: Any, part: RolloutPrompts = part, arguments: dict[str, Any] = arguments) -> list:
+                return actor.generate_with_summary.remote(part, **arguments)
+
+            calls.append(EngineCall(f"the rollouts of {len(share)} prompts", submit, prompts=share))
+            self._put(engine, calls[-1])
+        return calls
+
+    def update_weights(self, chunks: Sequence[ray.ObjectRef]) -> list[EngineCall]:
+        """Send the weights of a new version to all engines; the result of each call is the version."""
+        self.chunks = list(chunks)
+        seconds = self.cluster.call_seconds
+
+        def submit(actor: Any) -> list[ray.ObjectRef]:
+            return [actor.update_weights.remote(self.chunks, seconds=seconds)]
+
+        return self._to_all(lambda: EngineCall("the weight transfer", submit, brings_weights=True))
+
+    def load_weights(self, model: str, version: int) -> list[EngineCall]:
+        """Let all engines load another checkpoint of the same model and tokenizer."""
+        self.model, self.model_version, self.chunks = model, version, []
+
+        def submit(actor: Any) -> list[ray.ObjectRef]:
+            return [actor.load_weights.remote(model, version)]
+
+        return self._to_all(lambda: EngineCall("the reload", submit, brings_weights=True))
+
+    def token_log_probabilities(self, tokens: np.ndarray) -> list[EngineCall]:
+        """Ask all engines for the log-probabilities of some tokens, float32 [tokens - 1] as each call's result."""
+
+        def submit(actor: Any) -> list[ray.ObjectRef]:
+            return [actor.token_log_probabilities.remote(tokens)]
+
+        return self._to_all(lambda: EngineCall("the weight check", submit))
+
+    def wait(self, calls: Sequence[EngineCall]) -> None:
+        """Until all these calls, and those made before them, are done; lost engines are started anew meanwhile.
+
+        Raises RuntimeError that names the engine where a call ends with an error of its own, or where an engine is lost
+        too often.
+        """
+        missing = {call for call in calls if not call.done}
+        while True:
+            owing = [engine for engine in self.engines if missing.intersection(engine.queue)]
+            if not owing:
+                return
+            heads = {engine.queue[0].references[-1]: engine for engine in owing}
+            ready, _ = ray.wait(list(heads), timeout=self.cluster.health_seconds, fetch_local=False)
+            for reference in ready:
+                self._take_answer(heads[reference], reference)
+            if not ready:
+                self._check_health(owing)
+
+    def _to_all(self, make: Callable[[], EngineCall]) -> list[EngineCall]:
+        calls = [make() for _ in self.engines]
+        for engine, call in zip(self.engines, calls, strict=True):
+            self._put(engine, call)
+        return calls
+
+    def _put(self, engine: _Engine, call: EngineCall) -> None:
+        call.references = call.submit(engine.actor)
+        if not engine.queue:
+            engine.head_since = time.monotonic()
+        engine.queue.append(call)
+
+    def _take_answer(self, engine: _Engine, reference: ray.ObjectRef) -> None:
+        call = engine.queue[0]
+        try:
+            call.result = ray.get(reference, timeout=self.cluster.call_seconds)
+        except RayTaskError as error:
+            if not call.brings_weights:
+                raise RuntimeError(f"{engine.name}, {call.what}: {error.cause}") from error
+            return self._restart(engine, f"{call.what} failed: {error.cause}")
+        except (GetTimeoutError, ray.exceptions.RayError) as error:
+            return self._restart(engine, f"it was lost during {call.what}: {type(error).__name__}")
+        call.done = True
+        engine.queue.popleft()
+        engine.head_since, engine.failures = time.monotonic(), 0
+
+    def _check_health(self, owing: Sequence[_Engine]) -> None:
+        """Start engines anew whose call is late, or that do not answer at all."""
+        pings = {engine.number: engine.actor.health.remote() for engine in owing}
+        ray.wait(list(pings.values()), num_returns=len(pings), timeout=self.cluster.health_seconds)
+        for engine in owing:
+            answered, _ = ray.wait([pings[engine.number]], timeout=0)
+            if not answered:
+                self._restart(engine, f"it has not answered a health check for {self.cluster.health_seconds:.0f} s")
+            elif time.monotonic() - engine.head_since > self.cluster.call_seconds:
+                late = f"{engine.queue[0].what} did not arrive within {self.cluster.call_seconds:.0f} s"
+                self._restart(engine, f"{late} (cluster.call_seconds)")
+
+    def _restart(self, engine: _Engine, cause: str) -> None:
+        """Kill an engine, start it with the latest weights, and give it the calls again that it still owes."""
+        owed = [call for call in engine.queue if not call.brings_weights]
+        superseded = [call for call in engine.queue if call.brings_weights]
+        while True:
+            engine.failures += 1
+            ray.kill(engine.actor, no_restart=True)
+            if engine.failures > self.cluster.maximum_restarts:
+                raise RuntimeError(
+                    f"{engine.name} was lost {engine.failures} times in a row, the last time because {cause}; look at "
+                    "the actor's log in Ray's session folder, or raise cluster.maximum_restarts"
+                )
+            self.restarts += 1
+            console.print(f"{engine.name} is started anew: {cause}", style="yellow", highlight=False)
+            try:
+                version = self._start_again(engine)
+                break
+            except (DeadlineExceeded, ray.exceptions.RayError) as error:
+                cause = f"it did not start again: {error}"
+        for call in superseded:
+            call.result, call.done = version, True
+        engine.queue.clear()
+        for call in owed:
+            self._put(engine, call)
+
+    def _start_again(self, engine: _Engine) -> int:
+        """The version of the weights that the new process has."""
+        cluster, actor = self.cluster, self._start(engine.number)
+        engine.actor = actor
+        await_result(actor.sampler_in_use.remote(), f"the start of {engine.name}", cluster.start_seconds)
+        if not self.chunks:
+            return self.model_version
+        update = actor.update_weights.remote(self.chunks, seconds=cluster.call_seconds)
+        return await_result(update, f"the weight transfer to {engine.name}", cluster.call_seconds)

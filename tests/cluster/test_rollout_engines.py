@@ -1,0 +1,135 @@
+"""Real engines that are killed, stopped and cut off from their weights, by the methods that the train stage calls."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import ray
+
+from actors.rollout import prompt_seeds
+from cluster.placement import engines_placed
+from cluster.rollout_engines import RolloutEngines, prompt_order
+from cluster.settings import load_settings
+from learner.rollouts import RolloutBatch
+from learner.weight_chunks import weight_chunks
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
+MODES = ["reasoning", "direct"] * 8
+SETTINGS = [
+    "cluster.rollout_engines=2", "cluster.rollout_cpus=0.5", "cluster.threads=1", "cluster.kv_cache_mib=32",
+    "cluster.rollout_sequences=32", "cluster.health_seconds=5", "cluster.call_seconds=240",
+    "cluster.maximum_restarts=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engines(tiny, ray_cluster):
+    settings = load_settings(None, SETTINGS)
+    with engines_placed(settings.cluster, engines=2) as group:
+        yield RolloutEngines(group, settings, str(tiny.index_folder), str(tiny.checkpoint))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, engines):
+    """What the engines give when nothing happens to them."""
+    return gathered(engines, generation(tiny, engines))
+
+
+def generation(tiny, engines, *, responses=6):
+    prompts = tiny.prompts(MODES, budget=160)
+    return engines.generate(prompts, responses=responses, seeds=prompt_seeds(2, 1, len(MODES)), temperature=1.0)
+
+
+def gathered(engines, calls):
+    engines.wait(calls)
+    assert all(call.done for call in calls)
+    parts = ray.get([call.references[0] for call in calls], timeout=60)
+    return RolloutBatch.concatenate(parts).select(prompt_order(calls))
+
+
+def as_references(model, version):
+    return [ray.put(chunk) for chunk in weight_chunks([list(model.state_dict().items())], version, tied_head=False)]
+
+
+def process_of(engine):
+    return ray.get(engine.actor.health.remote(), timeout=60)[1]
+
+
+def assert_same(batch, other):
+    """The same groups; engines may differ in the last digits, for what a sum is added up with differs."""
+    assert batch.prompts.targets.tolist() == other.prompts.targets.tolist()
+    assert batch.responses.values.tolist() == other.responses.values.tolist()
+    np.testing.assert_allclose(batch.log_probabilities.values, other.log_probabilities.values, atol=1e-4)
+
+
+def test_prompts_are_spread_over_the_engines_and_come_back_in_order(tiny, engines, expected, rollout_engine):
+    prompts = tiny.prompts(MODES, budget=160)
+    alone = rollout_engine.generate(prompts, responses=6, seeds=prompt_seeds(2, 1, len(MODES)))
+    assert_same(expected, alone)
+    calls = generation(tiny, engines)
+    assert [call.prompts.tolist() for call in calls] == [list(range(0, 16, 2)), list(range(1, 16, 2))]
+    assert_same(gathered(engines, calls), expected)
+    assert [call.result.weight_version for call in calls] == [0, 0]
+    assert sum(call.result.tokens for call in calls) == len(expected.responses.values)
+
+
+def test_an_engine_that_is_killed_while_it_generates_is_replaced_and_nothing_is_lost(tiny, engines, expected, capsys):
+    victim, restarts = engines.engines[0], engines.restarts
+    process = process_of(victim)
+    calls = generation(tiny, engines)
+    started = time.monotonic()
+    threading.Timer(0.2, os.kill, (process, signal.SIGKILL)).start()
+    assert_same(gathered(engines, calls), expected)
+    assert time.monotonic() - started > 0.2
+    assert engines.restarts == restarts + 1
+    assert process_of(victim) != process
+    assert "rollout engine 0 is started anew: it was lost during the rollouts of 8 prompts" in capsys.readouterr().out
+
+
+def test_an_engine_that_stops_answering_is_noticed_by_its_health_and_replaced(tiny, engines, expected, capsys):
+    victim, restarts = engines.engines[1], engines.restarts
+    process = process_of(victim)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        calls = generation(tiny, engines)
+        assert_same(gathered(engines, calls), expected)
+    finally:
+        if os.path.exists(f"/proc/{process}"):
+            os.kill(process, signal.SIGKILL)
+    assert engines.restarts == restarts + 1
+    printed = capsys.readouterr().out
+    assert "rollout engine 1 is started anew: it has not answered a health check for 5 s" in printed
+
+
+def test_weights_that_come_while_an_engine_generates_are_taken_up_after_it_and_survive_a_restart(tiny, engines):
+    try:
+        before = generation(tiny, engines)
+        update = engines.update_weights(as_references(tiny.model, 3))
+        after = generation(tiny, engines)
+        os.kill(process_of(engines.engines[0]), signal.SIGKILL)  # the health check is answered during the generation
+        engines.wait(after)
+        assert all(call.done for call in (*before, *update))
+        assert [call.result for call in update] == [3, 3]
+        # The lost engine began again with the newest weights, the other one had begun with the old ones.
+        assert [call.result.weight_version for call in before] in ([3, 0], [0, 0])
+        assert [call.result.weight_version for call in after] == [3, 3]
+        for call in (*before, *after):
+            (batch,) = ray.get(call.references[:1], timeout=60)
+            assert set(batch.weight_versions.tolist()) == {call.result.weight_version}
+    finally:
+        engines.wait(engines.load_weights(str(tiny.checkpoint), 0))
+
+
+def test_a_transfer_that_never_gets_through_ends_with_an_error_that_names_the_engine(tiny, engines, expected, capsys):
+    @ray.remote(num_cpus=0)
+    def dies():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    good = as_references(tiny.model, 4)
+    calls = engines.update_weights([*good, dies.options(max_retries=0).remote()])
+    with pytest.raises(RuntimeError, match=r"rollout engine \d was lost 2 times in a row, .* because it did not start"):
+        engines.wait(calls)
+    assert "is started anew: the weight transfer failed" in capsys.readouterr().out
