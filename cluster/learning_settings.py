@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cluster.alarms import AlarmSection
 from cluster.section import Section
 
 
@@ -201,11 +202,25 @@ class TrainSettings(Section):
     dump_rollouts: bool = Field(
         False, description="Write the groups that a step trains on into rollouts/, to show them or to train on again."
     )
+    prompt_curriculum: bool = Field(
+        False, description="Ask more rarely for prompts whose latest groups had no variance."
+    )
     probe_prompts: int = Field(256, ge=0, description="Fixed validation prompts scored before and after training.")
+    validation_steps: int | None = Field(
+        None, ge=1, description="Steps between two scorings of these prompts; the best policy is kept as train/best."
+    )
+    result: Literal["last", "best"] = Field(
+        "last", description="Which policy becomes train/checkpoint; best needs validation_steps."
+    )
+    alarms: AlarmSection = Field(default_factory=AlarmSection, description="When a run is warned of, or stopped.")
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="The token-level objective.")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainSettings:
+        if self.result == "best" and self.validation_steps is None:
+            raise ValueError("train.result best needs train.validation_steps")
+        if self.validation_steps is not None and self.probe_prompts == 0:
+            raise ValueError("train.validation_steps needs train.probe_prompts above 0")
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError("train.dtype bfloat16 needs train.zero_stage 1, 2 or 3")
         if self.offload_optimizer and self.zero_stage == 0:
