@@ -271,4 +271,5 @@ class RolloutEngine:
             raise RuntimeError(f"the rollout engine cannot sample: {self._broken}; start it anew")
 
 
-RolloutActor: Any = ray.remote(concurrency_groups={"health": 1})(RolloutEngine)
+# Ray knows concurrency groups, its type hints do not.
+RolloutActor: Any = ray.remote(concurrency_groups={"health": 1})(RolloutEngine)  # type: ignore[call-overload]

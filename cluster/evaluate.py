@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from cluster.reward_pool import RewardPool
 from rich.table import Table
 
 from actors.ranking import RankingActor
@@ -19,6 +18,7 @@ from cluster.placement import await_result, engines_placed, ray_session
 from cluster.probe import scored_in_order
 from cluster.progress import Bar, console, progress_bar
 from cluster.prompts import PromptSource
+from cluster.reward_pool import RewardPool
 from cluster.rollout_engines import RolloutEngines, prompt_order
 from cluster.settings import Settings
 from cluster.tracking import Tracker
@@ -75,7 +75,7 @@ def run_evaluate(
                 results[f"direct_{stage}"] = direct_result(settings, direct, ranker, len(corpus.index), bar)
             if "reasoning" in evaluation.modes:
                 if engines is None or rewards is None:
-                    rewards = RewardPool.start(settings, index, model)
+                    rewards = RewardPool(settings, index, model)
                     engines = RolloutEngines(group, settings, index, model)
                 else:  # one engine serves all checkpoints: its start costs more than a reload
                     engines.wait(engines.load_weights(model, version))
@@ -159,7 +159,7 @@ def reasoning_result(
     evaluation, chains = settings.evaluation, settings.evaluation.chains
     seeds = prompt_seeds(settings.seed, 0, len(prompts))
     calls = engines.generate(prompts, responses=chains, seeds=seeds, temperature=1.0)
-    scores = scored_in_order(engines, rewards, calls)
+    scores = scored_in_order(engines, rewards, calls, responses=chains)
     seconds = settings.cluster.call_seconds
     parts = [await_result(call.references[0], "the chains", seconds) for call in calls]
     batch = RolloutBatch.concatenate(parts).select(prompt_order(calls))

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from cluster.alarms import AlarmSection
 from cluster.section import Section
+from rewards.composition import RESIDUAL_SENSITIVE
 
 
 class ModelSettings(Section):
@@ -147,6 +148,15 @@ class ObjectiveSection(Section):
         return self
 
 
+class RewardSection(Section):
+    reward: str = Field(
+        RESIDUAL_SENSITIVE, min_length=1,
+        description="residual_sensitive, or the import path package.module:name of a reward of your own.",
+    )  # fmt: skip
+    weight: float = Field(1.0, allow_inf_nan=False, description="Its weight in the sum.")
+    name: str | None = Field(None, description="Its name in metrics and messages; null takes that of the path.")
+
+
 class TrainSettings(Section):
     steps: int = Field(150, ge=0, description="Optimizer phases: rollouts, update, weight transfer.")
     prompts_per_step: int = Field(256, ge=1, description="Groups that one step trains on.")
@@ -160,6 +170,10 @@ class TrainSettings(Section):
     exclude_seen: bool = Field(True, description="Answers may not be items of the user's own earlier history.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; no top-p, no top-k.")
     reasoning_budget: int = Field(1560, ge=1, description="Tokens of a reasoning response at most.")
+    rewards: tuple[RewardSection, ...] = Field(
+        (RewardSection(),), min_length=1, description="What is summed up to the reward of a response."
+    )
+    reward_seconds: float = Field(10, gt=0, description="Time-out of each of your own rewards for one response.")
     minimum_think_tokens: int = Field(8, ge=0, description="A shorter think block earns no format credit.")
     learning_rate: float = Field(2e-6, ge=0, description="Learning rate after the warm-up.")
     warm_up_steps: int = Field(10, ge=0, description="Optimizer steps with a growing learning rate.")
@@ -217,6 +231,9 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainSettings:
+        names = [term.name or term.reward for term in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"train.rewards has two terms of one name, {names}: give them names of their own")
         if self.result == "best" and self.validation_steps is None:
             raise ValueError("train.result best needs train.validation_steps")
         if self.validation_steps is not None and self.probe_prompts == 0:

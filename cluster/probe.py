@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from cluster.reward_pool import RewardPool
 
 from actors.reward import ScoredResponses
 from actors.rollout import prompt_seeds
 from cluster.prompts import PromptSource
+from cluster.reward_pool import RewardPool
 from cluster.rollout_engines import EngineCall, RolloutEngines, prompt_order
 from cluster.settings import Settings
 from cluster.srpo_actors import SrpoActors
@@ -35,14 +35,18 @@ def probe(settings: Settings, source: PromptSource, actors: SrpoActors) -> Score
             prompts, responses=PROBE_RESPONSES, seeds=prompt_seeds(settings.seed, 0, len(prompts)),
             temperature=settings.train.temperature,
         )  # fmt: skip
-        scores[mode] = scored_in_order(actors.engines, actors.rewards, calls)
+        scores[mode] = scored_in_order(actors.engines, actors.rewards, calls, responses=PROBE_RESPONSES)
     return scores
 
 
-def scored_in_order(engines: RolloutEngines, rewards: RewardPool, calls: Sequence[EngineCall]) -> ScoredResponses:
+def scored_in_order(
+    engines: RolloutEngines, rewards: RewardPool, calls: Sequence[EngineCall], *, responses: int
+) -> ScoredResponses:
     """Wait for generations; their scores in the order of the prompts."""
     engines.wait(calls)
-    scores = rewards.score([call.references[0] for call in calls], [len(call.prompts) for call in calls])
+    scores = rewards.score(
+        [call.references[0] for call in calls], [len(call.prompts) for call in calls], responses=responses
+    )
     return ScoredResponses.concatenate(scores).select(prompt_order(calls))
 
 

@@ -100,7 +100,11 @@ class RolloutEngines:
             share = np.arange(number, len(prompts), len(self.engines))
             if not len(share):
                 continue
-            arguments = {"responses": responses, "seeds": [seeds[row] for row in share], "temperature": temperature}
+            arguments = {
+                "responses": responses,
+                "seeds": [seeds[row] for row in share.tolist()],
+                "temperature": temperature,
+            }
             part = prompts.select(share)
 
             def submit(actor: Any, part: RolloutPrompts = part, arguments: dict[str, Any] = arguments) -> list:

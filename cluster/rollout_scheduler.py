@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 import torch
-from cluster.prompt_sampler import PromptSampler
-from cluster.reward_pool import RewardPool
 
 from actors.reward import ScoredResponses
 from actors.rollout import GenerationSummary, prompt_seeds
+from cluster.prompt_sampler import PromptSampler
 from cluster.prompts import PromptSource
+from cluster.reward_pool import RewardPool
 from cluster.rollout_engines import EngineCall, RolloutEngines
 from cluster.settings import Settings
 from cluster.timers import Timers
@@ -180,7 +180,9 @@ class RolloutScheduler:
             self.engines.wait(one.calls)
         with self.timers("rewards"):
             scores = self.rewards.score(
-                [call.references[0] for call in one.calls], [len(call.prompts) for call in one.calls]
+                [call.references[0] for call in one.calls],
+                [len(call.prompts) for call in one.calls],
+                responses=self.settings.train.responses,
             )
         reasoning = one.prompts.reasoning
         found: dict[int, ScoredGroup] = {}

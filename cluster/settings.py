@@ -54,6 +54,11 @@ class ClusterSettings(Section):
     model_runner: Literal["v1", "v2"] = Field(
         "v1", description="vLLM's model runner; v2 needs a GPU, and has not been run on one yet."
     )
+    reward_workers: int = Field(1, ge=1, description="Actors that score rollouts.")
+    reward_cpus: float = Field(0, ge=0, description="CPUs of each of them.")
+    reward_grace_seconds: float = Field(
+        60, gt=0, description="What a reward worker may take beside your own rewards before it counts as lost."
+    )
     index_workers: int = Field(
         1, ge=1, description="Actors of the Ray Data jobs that index and corpus.teacher ask for."
     )

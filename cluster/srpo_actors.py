@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from cluster.reward_pool import RewardPool
 
 from cluster.learner_ranks import LearnerRanks, start_learner_ranks
 from cluster.placement import engines_placed
+from cluster.reward_pool import RewardPool
 from cluster.rollout_engines import EngineCall, RolloutEngines
 from cluster.settings import Settings
 
@@ -61,10 +61,11 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
     index, model = str(index_folder.resolve()), str(checkpoint.resolve())
     engines = cluster.rollout_engines
     with engines_placed(cluster, engines=engines, learner_ranks=train.ranks) as group:
-        rewards = RewardPool.start(settings, index, model)
+        rewards = RewardPool(settings, index, model)
         learner = start_learner_ranks(group, settings, index, model, first_bundle=engines)
         rollout = RolloutEngines(group, settings, index, model)
         try:
+            rewards.wait_until_started()
             yield SrpoActors(learner, rollout, rewards, cluster.weight_chunk_mib * 2**20)
         finally:
             rewards.close()

@@ -8,6 +8,8 @@ from actors.rollout import ENVIRONMENT
 
 # Ray starts its workers at niceness 15: on a machine that does something else as well the tests would starve.
 os.environ.update({**ENVIRONMENT, "RAY_worker_niceness": "0"})
+# Actors import rewards by path from `reward_functions.py`, as users' actors do from their own modules.
+os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]).rstrip(":")
 
 import hypothesis
 import pytest

@@ -62,7 +62,7 @@ class Script:
     def wait(self, calls):
         self.waited.append(len(calls))
 
-    def score(self, references, sizes):
+    def score(self, references, sizes, *, responses):
         scores = []
         for (_, _, prompts), size in zip(references, sizes, strict=True):
             rewards = np.zeros((size, RESPONSES), np.float32)
@@ -92,11 +92,11 @@ def scheduler(script, *, seed=0, **train):
     return RolloutScheduler(settings, Source(), script, script, Timers())
 
 
-def run(script, steps, **train):
+def run(script, count, **train):
     """Groups of each step, with the version rising by one a step."""
     made = scheduler(script, **train)
     found = []
-    for step in range(1, steps + 1):
+    for step in range(1, count + 1):
         found.append(made.groups_for(step, step - 1))
         made.run_ahead(step)
         script.version = step
@@ -199,7 +199,8 @@ def test_surplus_groups_wait_for_the_next_step_and_then_expire():
     second = made.groups_for(2, 1)
     kept = second.metrics["groups_kept_for_later"]
     assert kept > 0
-    third = made.groups_for(3, 2)  # two versions behind by now
+    script.version = 2
+    third = made.groups_for(3, 2)  # the surplus is two versions behind by now
     assert third.metrics["groups_expired"] == kept
 
 

@@ -101,7 +101,7 @@ def test_without_staleness_the_run_is_the_synchronous_algorithm_bit_for_bit(run,
                 (call,) = actors.engines.generate(prompts, responses=train.responses, seeds=seeds, temperature=1.0)
                 actors.engines.wait([call])
                 batch = ray.get(call.references[0], timeout=60)
-                (scores,) = actors.rewards.score([ray.put(batch)], [len(batch)])
+                (scores,) = actors.rewards.score([ray.put(batch)], [len(batch)], responses=6)
                 rewards_GN = scores.rewards.reshape(len(batch), -1)
                 hits_GN = scores.hits.reshape(len(batch), -1)
                 varied = rewards_GN.max(1) - rewards_GN.min(1) > 1e-6

@@ -1,0 +1,163 @@
+"""The reward workers of a stage, and batches of rollouts spread over them; a lost worker costs one group at most."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from actors.reward import RewardActor, RewardFailure, ScoredResponses
+from cluster.placement import await_result
+from cluster.progress import console
+from cluster.settings import Settings
+from rewards.composition import load_reward_term
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Groups of a batch that one worker scores in one call."""
+
+    batch: int
+    groups: np.ndarray
+    tries: int = 0
+
+
+@dataclass(eq=False)
+class _Worker:
+    name: str
+    actor: Any
+    failures: int = 0
+
+
+class RewardPool:
+    """`cluster.reward_workers` workers that score by the terms of `train.rewards`.
+
+    A user's reward that raises, hangs in Python or gives no finite number is dealt with inside the worker. Where the
+    worker itself does not answer in time (native code that hangs, a stopped process) or dies, it is killed and started
+    anew, and the groups that it had are tried once more, each by itself, so that the one at fault alone is given up.
+    After `cluster.maximum_restarts` losses in a row RuntimeError names the worker and the last cause.
+    """
+
+    def __init__(self, settings: Settings, index: str, model: str) -> None:
+        train, self.cluster = settings.train, settings.cluster
+        self.arguments = (index, model)
+        self.options: dict[str, Any] = {
+            "minimum_think_tokens": train.minimum_think_tokens, "seconds_per_response": train.reward_seconds,
+            "terms": [term.model_dump() for term in train.rewards],
+        }  # fmt: skip
+        terms = [
+            load_reward_term(**term) for term in self.options["terms"]
+        ]  # a wrong path is known before engines start
+        self.terms = [term.name for term in terms]
+        self.own_terms = sum(not term.built_in for term in terms)
+        self.restarts = 0
+        self.workers = [_Worker(f"reward worker {n}", self._start()) for n in range(self.cluster.reward_workers)]
+
+    def _start(self) -> Any:
+        return RewardActor.options(num_cpus=self.cluster.reward_cpus).remote(*self.arguments, **self.options)
+
+    def wait_until_started(self) -> None:
+        """Raises RuntimeError that names the worker which does not start."""
+        for worker in self.workers:
+            self._await_start(worker)
+
+    def score(self, batches: Sequence[ray.ObjectRef], sizes: Sequence[int], *, responses: int) -> list[ScoredResponses]:
+        """Scores of all groups of each batch.
+
+        Args:
+            batches: references of `RolloutBatch`, which are there already.
+            sizes: groups of each.
+            responses: of a group.
+        """
+        done: list[list[tuple[np.ndarray, ScoredResponses]]] = [[] for _ in batches]
+        waiting = deque(
+            _Slice(number, groups)
+            for number, size in enumerate(sizes)
+            for groups in np.array_split(np.arange(size), min(size, len(self.workers)))
+        )
+        running: dict[ray.ObjectRef, tuple[_Worker, _Slice, float]] = {}
+        while waiting or running:
+            busy = {worker for worker, _, _ in running.values()}
+            for worker in [worker for worker in self.workers if worker not in busy][: len(waiting)]:
+                one = waiting.popleft()
+                call = worker.actor.score.remote(batches[one.batch], one.groups)
+                running[call] = (worker, one, time.monotonic() + self._seconds(len(one.groups) * responses))
+            soonest = min(deadline for _, _, deadline in running.values())
+            ready, _ = ray.wait(list(running), timeout=max(0.0, soonest - time.monotonic()), fetch_local=False)
+            late = [] if ready else [call for call, (_, _, deadline) in running.items() if time.monotonic() >= deadline]
+            for call in (*ready, *late):
+                worker, one, _ = running.pop(call)
+                try:
+                    if call in late:
+                        raise TimeoutError("did not answer in time")
+                    done[one.batch].append((one.groups, ray.get(call, timeout=self.cluster.call_seconds)))
+                    worker.failures = 0
+                except RayTaskError:
+                    raise  # an error of ours, such as a response outside the constraint
+                except (RayError, TimeoutError) as error:
+                    cause = str(error) if isinstance(error, TimeoutError) else "died"
+                    self._replace(worker, cause)
+                    self._try_again(one, worker.name, cause, batches, waiting, done)
+        return [_in_order(parts) for parts in done]
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self.workers:
+            ray.kill(worker.actor)
+
+    def _seconds(self, responses: int) -> float:
+        """Deadline of a call: what the rewards may take inside the worker, and as much as any call for the rest."""
+        own = responses * self.own_terms * self.options["seconds_per_response"]
+        return (
+            min(own + self.cluster.reward_grace_seconds, self.cluster.call_seconds)
+            if own
+            else self.cluster.call_seconds
+        )
+
+    def _try_again(
+        self, one: _Slice, name: str, cause: str, batches: Sequence[ray.ObjectRef], waiting: deque[_Slice],
+        done: list[list[tuple[np.ndarray, ScoredResponses]]],
+    ) -> None:  # fmt: skip
+        """Put every group of a lost slice back by itself; give up one that was tried by itself."""
+        if one.tries == 0 or len(one.groups) > 1:
+            waiting.extend(_Slice(one.batch, one.groups[place : place + 1], 1) for place in range(len(one.groups)))
+            return
+        batch = ray.get(batches[one.batch], timeout=self.cluster.call_seconds)
+        group = int(one.groups[0])
+        context = (
+            f"weights of version {int(batch.weight_versions[group])}, true item row {int(batch.prompts.targets[group])}"
+        )
+        failure = RewardFailure(0, -1, ", ".join(self.terms), f"{name} {cause} while it scored this group", context)
+        scores = ScoredResponses.unscored(int(batch.group_sizes[group]), len(self.terms), failure)
+        done[one.batch].append((one.groups, scores))
+
+    def _replace(self, worker: _Worker, cause: str) -> None:
+        worker.failures += 1
+        ray.kill(worker.actor)
+        if worker.failures > self.cluster.maximum_restarts:
+            raise RuntimeError(
+                f"{worker.name} {cause}, {worker.failures} times in a row; look at the actor's log in Ray's "
+                "session folder, or raise cluster.maximum_restarts"
+            )
+        self.restarts += 1
+        console.print(f"{worker.name} {cause}, and is started anew", style="yellow", highlight=False)
+        worker.actor = self._start()
+        self._await_start(worker)
+
+    def _await_start(self, worker: _Worker) -> None:
+        try:
+            await_result(worker.actor.started.remote(), f"the start of {worker.name}", self.cluster.start_seconds)
+        except RayError as error:
+            raise RuntimeError(f"{worker.name} did not start: {error}") from error
+
+
+def _in_order(parts: list[tuple[np.ndarray, ScoredResponses]]) -> ScoredResponses:
+    """The scores of a batch, group after group."""
+    order = np.argsort(np.concatenate([groups for groups, _ in parts]))
+    return ScoredResponses.concatenate([scores for _, scores in parts]).select(order)
