@@ -15,8 +15,7 @@ from transformers import AutoTokenizer
 
 from item_index.constraint import MODES, AnswerConstraint
 from item_index.semantic_ids import SemanticIdIndex
-from learner.rollouts import RolloutBatch
-from learner.srpo import allowed_in
+from learner.rollouts import RolloutBatch, allowed_in
 from rewards.answer import parse_answer
 from rewards.chains import CHAIN, chain_figures, semantic_ids_in
 from rewards.composition import RESIDUAL_SENSITIVE, RewardSample, load_reward_term
@@ -117,7 +116,7 @@ class ScoredResponses:
         }
         place = {int(group): number for number, group in enumerate(groups)}
         failures = [replace(one, group=place[one.group]) for one in self.failures if one.group in place]
-        return ScoredResponses(**columns, failures=tuple(failures))
+        return ScoredResponses(**columns, failures=tuple(sorted(failures, key=lambda failure: failure.group)))
 
 
 class RewardWorker:

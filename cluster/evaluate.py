@@ -77,6 +77,7 @@ def run_evaluate(
                 if engines is None or rewards is None:
                     rewards = RewardPool(settings, index, model)
                     engines = RolloutEngines(group, settings, index, model)
+                    engines.wait_until_started()
                 else:  # one engine serves all checkpoints: its start costs more than a reload
                     engines.wait(engines.load_weights(model, version))
                 results[f"reasoning_{stage}"] = reasoning_result(

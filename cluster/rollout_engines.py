@@ -73,6 +73,9 @@ class RolloutEngines:
         self.chunks: list[ray.ObjectRef] = []
         self.restarts = 0
         self.engines = [_Engine(number, self._start(number)) for number in range(self.cluster.rollout_engines)]
+
+    def wait_until_started(self) -> None:
+        """Say which sampler each engine has. Raises DeadlineExceeded, and what an engine raises when it starts."""
         for engine in self.engines:
             call = engine.actor.sampler_in_use.remote()
             sampler = await_result(call, f"the start of {engine.name}", self.cluster.start_seconds)

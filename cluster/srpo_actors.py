@@ -62,9 +62,10 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
     engines = cluster.rollout_engines
     with engines_placed(cluster, engines=engines, learner_ranks=train.ranks) as group:
         rewards = RewardPool(settings, index, model)
-        learner = start_learner_ranks(group, settings, index, model, first_bundle=engines)
         rollout = RolloutEngines(group, settings, index, model)
         try:
+            learner = start_learner_ranks(group, settings, index, model, first_bundle=engines)
+            rollout.wait_until_started()
             rewards.wait_until_started()
             yield SrpoActors(learner, rollout, rewards, cluster.weight_chunk_mib * 2**20)
         finally:

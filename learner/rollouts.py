@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from item_index.constraint import AllowedTokens, AnswerConstraint
 from item_index.ragged import RaggedArray
 
 
@@ -112,6 +113,26 @@ class RolloutBatch:
             np.concatenate([part.weight_versions for part in parts]),
             parts[0].index_version,
         )
+
+
+@dataclass(frozen=True)
+class AllowedResponses:
+    """What the constraint says of a batch's responses: allowed sets of all tokens, forced closings per response."""
+
+    allowed: AllowedTokens
+    forced_R: np.ndarray
+
+
+def allowed_in(batch: RolloutBatch, constraint: AnswerConstraint) -> AllowedResponses:
+    """Recompute the allowed sets of every response token (nothing of them is shipped with the rollouts)."""
+    group_R = batch.group_of_response
+    prompts = batch.prompts
+    states = constraint.start(
+        ["reasoning" if prompts.reasoning[group] else "direct" for group in group_R],
+        prompts.budgets[group_R],
+        [prompts.excluded[int(group)] for group in group_R],
+    )
+    return AllowedResponses(constraint.scan(batch.responses, states), states.forced)
 
 
 def _select(field: Any, rows: np.ndarray) -> Any:

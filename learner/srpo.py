@@ -22,27 +22,7 @@ from learner.low_rank import without_low_rank_weights
 from learner.objective import ObjectiveSettings, token_losses, token_weights
 from learner.packing import PLACEHOLDER, PackedBatch, balanced_micro_batches, pack_groups, pack_rows, packed_length
 from learner.policy import Policy
-from learner.rollouts import RolloutBatch
-
-
-@dataclass(frozen=True)
-class AllowedResponses:
-    """What the constraint says of a batch's responses: allowed sets of all tokens, forced closings per response."""
-
-    allowed: AllowedTokens
-    forced_R: np.ndarray
-
-
-def allowed_in(batch: RolloutBatch, constraint: AnswerConstraint) -> AllowedResponses:
-    """Recompute the allowed sets of every response token (nothing of them is shipped with the rollouts)."""
-    group_R = batch.group_of_response
-    prompts = batch.prompts
-    states = constraint.start(
-        ["reasoning" if prompts.reasoning[group] else "direct" for group in group_R],
-        prompts.budgets[group_R],
-        [prompts.excluded[int(group)] for group in group_R],
-    )
-    return AllowedResponses(constraint.scan(batch.responses, states), states.forced)
+from learner.rollouts import RolloutBatch, allowed_in
 
 
 @dataclass

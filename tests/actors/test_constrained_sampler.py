@@ -13,8 +13,8 @@ from vllm.v1.sample.sampler import Sampler
 from actors import constrained_sampler
 from actors.reward import RewardWorker
 from actors.rollout import prompt_seeds
-from learner.rollouts import RolloutPrompts
-from learner.srpo import allowed_in, response_log_probabilities
+from learner.rollouts import RolloutPrompts, allowed_in
+from learner.srpo import response_log_probabilities
 
 pytestmark = pytest.mark.engines
 MODES = ["direct", "reasoning"] * 4

@@ -1,5 +1,7 @@
 """The parity gate: sampler (real vLLM) and learner read the same policy, in both modes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import ray
@@ -10,7 +12,8 @@ from actors.learner import LearnerActor
 from actors.reward import RewardWorker
 from actors.rollout import prompt_seeds
 from item_index.ragged import RaggedArray
-from learner.srpo import allowed_in, response_log_probabilities
+from learner.rollouts import RolloutPrompts, allowed_in
+from learner.srpo import response_log_probabilities
 
 pytestmark = pytest.mark.engines
 MODES = ["direct", "reasoning"] * 6
@@ -39,6 +42,55 @@ def test_per_token_log_probabilities_agree(tiny, rollouts):
         assert abs(np.exp(learner[chosen] - sampler[chosen]).mean() - 1) < 1e-3
     assert np.abs(sampler[~allowed.has_choice]).max() < 1e-6
     assert sampler[allowed.has_choice].min() < -0.1, "the tiny model must leave something to choose"
+
+
+@pytest.mark.parametrize(("temperature", "responses"), [(0.7, 1), (0.7, 16), (1.0, 16)])
+def test_log_probabilities_agree_at_any_temperature_and_group_size(tiny, rollout_engine, temperature, responses):
+    """Modes mixed in one batch, exclusions, budgets that force the closing, and prompts whose beginnings are cached."""
+    modes = MODES * 2
+    prompts = tiny.prompts(modes, excluded=EXCLUDED * 2)
+    tight = tiny.constraint.closing_length + 3
+    budgets = np.where(prompts.reasoning & (np.arange(len(modes)) % 4 == 1), tight, prompts.budgets).astype(np.int32)
+    prompts = replace(prompts, budgets=budgets)
+    # Each prompt once more with a history that goes on: all but its end is in the prefix cache by then.
+    longer = [np.concatenate([tokens[:-2], tokens]) for tokens in prompts.tokens]
+    prompts = RolloutPrompts.concatenate([prompts, replace(prompts, tokens=RaggedArray.of(longer, np.int32))])
+    for round_number in range(2):  # the second time every prompt is cached
+        seeds = prompt_seeds(21, round_number, len(prompts))
+        batch = rollout_engine.generate(prompts, responses=responses, seeds=seeds, temperature=temperature)
+        assert batch.group_sizes.tolist() == [responses] * len(prompts)
+        within = allowed_in(batch, tiny.constraint)
+        learner = response_log_probabilities(
+            policy_of(tiny.model), batch, within.allowed, torch.from_numpy(tiny.constraint.free_text_masks),
+            temperature=temperature, micro_batch_tokens=2048,
+        ).numpy()  # fmt: skip
+        assert np.abs(learner - batch.log_probabilities.values).max() < 2e-3
+        reasoning_R = prompts.reasoning[batch.group_of_response]
+        assert within.forced_R[reasoning_R].any()
+        assert not within.forced_R[~reasoning_R].any()
+        scores = RewardWorker(str(tiny.index_folder), str(tiny.checkpoint)).score(batch)
+        assert scores.valid.all()
+        for group, excluded in enumerate(prompts.excluded):
+            assert not np.isin(scores.items[batch.group_of_response == group], excluded).any()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_responses_all_answer_with_an_item_that_was_not_excluded(tiny, rollout_engine):
+    worker = RewardWorker(str(tiny.index_folder), str(tiny.checkpoint))
+    modes = ["direct", "direct", "direct", "reasoning"] * 16
+    generator = np.random.default_rng(0)
+    answered = 0
+    for round_number in range(25):
+        excluded = [generator.permutation(len(tiny.index))[: generator.integers(0, 25)].tolist() for _ in modes]
+        prompts = tiny.prompts(modes, budget=32, excluded=excluded)
+        seeds = prompt_seeds(22, round_number, len(modes))
+        scores = worker.score(rollout_engine.generate(prompts, responses=64, seeds=seeds))
+        assert scores.valid.all()
+        for group, items in enumerate(scores.items.reshape(len(modes), -1)):
+            assert not np.isin(items, excluded[group]).any()
+        answered += len(scores.items)
+    assert answered >= 100_000
 
 
 @pytest.mark.parametrize("mini_batch_prompts", [12, 4])

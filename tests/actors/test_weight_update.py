@@ -14,7 +14,8 @@ from actors.rollout import ENVIRONMENT, RolloutActor, prompt_seeds
 from cluster.placement import await_stream
 from item_index.ragged import RaggedArray
 from learner.policy import load_language_model
-from learner.srpo import allowed_in, response_log_probabilities
+from learner.rollouts import allowed_in
+from learner.srpo import response_log_probabilities
 from learner.weight_chunks import weight_chunks
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]

@@ -29,7 +29,9 @@ SETTINGS = [
 def engines(tiny, ray_cluster):
     settings = load_settings(None, SETTINGS)
     with engines_placed(settings.cluster, engines=2) as group:
-        yield RolloutEngines(group, settings, str(tiny.index_folder), str(tiny.checkpoint))
+        made = RolloutEngines(group, settings, str(tiny.index_folder), str(tiny.checkpoint))
+        made.wait_until_started()
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from item_index.ragged import RaggedArray
 from learner.advantages import group_advantages
 from learner.policy import load_language_model
 from learner.rollout_files import read_trained_groups
-from learner.srpo import allowed_in, response_log_probabilities
+from learner.rollouts import allowed_in
+from learner.srpo import response_log_probabilities
 from learner.weight_chunks import tensors_of
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]

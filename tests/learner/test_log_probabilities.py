@@ -16,7 +16,7 @@ from learner.log_probabilities import (
     log_valid_masses,
 )
 from learner.packing import pack_groups
-from learner.srpo import allowed_in
+from learner.rollouts import allowed_in
 
 MODES = ["direct", "reasoning", "reasoning", "direct"]
 EXCLUDED = [[], [], [0, 5, 11], [9, 30]]

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tiny import policy_of
 
 from learner.packing import balanced_micro_batches, pack_groups, pack_rows, packed_length
-from learner.srpo import allowed_in, response_log_probabilities
+from learner.rollouts import allowed_in
+from learner.srpo import response_log_probabilities
 
 GROUPS = [
     (np.array([5, 6, 7]), [np.array([8, 9, 1]), np.array([1]), np.array([10, 1])]),

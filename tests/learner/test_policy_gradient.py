@@ -13,8 +13,8 @@ from item_index.ragged import RaggedArray
 from learner.advantages import groups_with_variance
 from learner.objective import ObjectiveSettings, token_losses, token_weights
 from learner.packing import pack_groups
-from learner.rollouts import RolloutBatch
-from learner.srpo import allowed_in, micro_batch
+from learner.rollouts import RolloutBatch, allowed_in
+from learner.srpo import micro_batch
 
 
 def batch_of(tiny, prompts, responses):
