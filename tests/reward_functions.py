@@ -16,6 +16,11 @@ def length_penalty(sample):
     return -0.01 * len(sample.tokens)
 
 
+def partly_alike(sample):
+    """Rewards that differ between responses, but for a third of the prompts, where all are the same."""
+    return 0.0 if _row(sample.true_item) % 3 == 0 else _row(sample.answered_item) % 7 / 7
+
+
 class Novelty:
     """A reward with something to set up."""
 

@@ -39,10 +39,14 @@ class Tiny:
     index_folder: Path
     checkpoint: Path
 
-    def prompts(self, modes: list[str], *, budget: int = 48, excluded: list[list[int]] | None = None) -> RolloutPrompts:
-        """One prompt per mode with a history of its own; the target is an item after it."""
+    def prompts(
+        self, modes: Sequence[str], *, budget: int = 48, excluded: list[list[int]] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> RolloutPrompts:  # fmt: skip
+        """One prompt per mode with a history of its own, that of its row; the target is an item after it."""
         items = len(self.index)
-        histories = [[(3 * row + step) % items for step in range(4)] for row in range(len(modes))]
+        rows = range(len(modes)) if rows is None else rows
+        histories = [[(3 * row + step) % items for step in range(4)] for row in rows]
         reasoning = np.array([mode == "reasoning" for mode in modes])
         return RolloutPrompts(
             tokens=RaggedArray.of([self.builder.prompt(h, m) for h, m in zip(histories, modes, strict=True)], np.int32),

@@ -1,27 +1,23 @@
 """The loop on real engines: taking turns, working ahead, and losing an engine in the middle of a step."""
 
+import copy
 import os
 import signal
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ray
 import torch
-from small_tables import write_tables
 from tiny import policy_of
 
 from actors.rollout import prompt_seeds
-from cluster.pipeline import run_stages
-from cluster.prompts import PromptSource
 from cluster.settings import load_settings
 from cluster.srpo_actors import srpo_actors
 from cluster.train import SrpoLoop
-from curriculum.corpus import load_corpus
-from item_index.constraint import AnswerConstraint
 from item_index.ragged import RaggedArray
 from learner.advantages import group_advantages
-from learner.policy import load_language_model
 from learner.rollout_files import read_trained_groups
 from learner.rollouts import allowed_in
 from learner.srpo import response_log_probabilities
@@ -31,27 +27,38 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 STEPS = 4
 
 
+class TinyPrompts:
+    """What the loop asks of a `PromptSource`, on the tiny catalogue."""
+
+    def __init__(self, tiny):
+        self.tiny = tiny
+        self.corpus = SimpleNamespace(builder=tiny.builder)
+
+    def reinforcement_positions(self, minimum_history):
+        return np.arange(300)
+
+    def prompts(self, positions, modes):
+        return self.tiny.prompts(modes, rows=positions.tolist())
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, ray_cluster):
-    """Settings of a run folder with a supervised checkpoint, with overrides."""
-    folder = tmp_path_factory.mktemp("loop")
+def run(tiny, tmp_path_factory, ray_cluster):
+    """Makes settings; and starts actors and loop on the tiny checkpoint."""
     overrides = [
-        *write_tables(folder / "data"), f"run_folder={folder / 'run'}", "sft.passes=1", f"train.steps={STEPS}",
-        "train.prompts_per_step=6", "train.mini_batch_prompts=3", "train.responses=6", "train.reasoning_budget=48",
+        f"train.steps={STEPS}", "train.prompts_per_step=6", "train.mini_batch_prompts=3", "train.responses=6",
         "train.learning_rate=1.0e-3", "train.warm_up_steps=0", "train.reasoning_share=0.34",
-        "train.weight_check_steps=1", "cluster.kv_cache_mib=32", "cluster.rollout_sequences=32", "cluster.threads=1",
+        "train.rewards=[{reward: 'reward_functions:partly_alike'}]", "train.weight_check_steps=1",
+        "cluster.kv_cache_mib=32", "cluster.rollout_sequences=32", "cluster.threads=1",
     ]  # fmt: skip
-    run_stages(load_settings(None, overrides), ["index", "corpus", "sft"])
-    return lambda *more: load_settings(None, [*overrides, *more])
 
+    @contextmanager
+    def started(*more):
+        settings = load_settings(None, [*overrides, *more, f"run_folder={tmp_path_factory.mktemp('loop')}"])
+        source = TinyPrompts(tiny)
+        with srpo_actors(settings, tiny.index_folder, tiny.checkpoint) as actors:
+            yield SrpoLoop(settings, source, actors), actors, source
 
-@contextmanager
-def started(settings):
-    """Loop, actors and the folder of the supervised checkpoint."""
-    corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
-    source = PromptSource(corpus, reasoning_budget=settings.train.reasoning_budget, exclude_seen=True)
-    with srpo_actors(settings, settings.folder / "index", settings.folder / "sft" / "checkpoint") as actors:
-        yield SrpoLoop(settings, source, actors), actors, source
+    return started
 
 
 def weights(actors):
@@ -69,18 +76,16 @@ def assert_equal(some, others):
 @pytest.fixture(scope="module")
 def undisturbed(run):
     """Weights and metrics of a run in which engine and learner take turns."""
-    with started(run()) as (loop, actors, _):
+    with run() as (loop, actors, _):
         metrics = [loop.step(step) for step in range(1, STEPS + 1)]
         loop.settle()
         return weights(actors), metrics
 
 
-def test_without_staleness_the_run_is_the_synchronous_algorithm_bit_for_bit(run, undisturbed):
+def test_without_staleness_the_run_is_the_synchronous_algorithm_bit_for_bit(tiny, run, undisturbed):
     """The algorithm once more, with nothing of scheduler, loop and timers: generate, score, update, transfer."""
-    settings = run()
-    train = settings.train
-    with started(settings) as (loop, actors, source):
-        sampler = loop.scheduler.sampler
+    with run() as (loop, actors, source):
+        train, sampler = loop.settings.train, loop.scheduler.sampler
         rates = {False: [0.0, 0.0], True: [0.0, 0.0]}  # groups with variance, groups
         numbers = 0
         for _step in range(STEPS):
@@ -97,7 +102,7 @@ def test_without_staleness_the_run_is_the_synchronous_algorithm_bit_for_bit(run,
                 modes = [name for flag, name in ((False, "direct"), (True, "reasoning")) for _ in range(counts[flag])]
                 drawn = [sampler.draw(counts[flag], name) for flag, name in ((False, "direct"), (True, "reasoning")) if counts[flag]]  # fmt: skip  # noqa: E501
                 prompts = source.prompts(np.concatenate(drawn), modes)
-                seeds = prompt_seeds(settings.seed, 1, len(prompts), numbers)
+                seeds = prompt_seeds(loop.settings.seed, 1, len(prompts), numbers)
                 numbers += len(prompts)
                 (call,) = actors.engines.generate(prompts, responses=train.responses, seeds=seeds, temperature=1.0)
                 actors.engines.wait([call])
@@ -128,12 +133,13 @@ def test_without_staleness_the_run_is_the_synchronous_algorithm_bit_for_bit(run,
     trained, metrics = undisturbed
     assert_equal(trained, by_hand)
     assert all(one["staleness_maximum"] == one["learner/staleness"] == 0 for one in metrics)
-    before = load_language_model(str(settings.folder / "sft" / "checkpoint")).state_dict()
+    assert sum(one["rounds"] for one in metrics) > STEPS, "groups without variance were made good"
+    before = tiny.model.state_dict()
     assert any(not torch.equal(trained[name], before[name]) for name in trained)
 
 
 def test_an_engine_that_is_killed_in_the_middle_of_a_step_changes_nothing(run, undisturbed, monkeypatch):
-    with started(run()) as (loop, actors, _):
+    with run() as (loop, actors, _):
         kills = []
         generate = actors.engines.generate
 
@@ -158,40 +164,37 @@ def test_an_engine_that_is_killed_in_the_middle_of_a_step_changes_nothing(run, u
         torch.testing.assert_close(trained[name], expected[name], atol=1e-4, rtol=1e-3)
 
 
-def test_working_ahead_trains_on_rollouts_of_the_stamped_version_and_of_none_too_old(run):
-    settings = run("train.max_staleness=2", "train.dump_rollouts=true", "train.steps=6")
-    by_version = {}
-    with started(settings) as (loop, actors, source):
+def test_working_ahead_trains_on_rollouts_of_the_stamped_version_and_of_none_too_old(tiny, run):
+    by_version, metrics, batches = {}, [], {}
+    with run("train.max_staleness=2", "train.dump_rollouts=true", "train.steps=6") as (loop, actors, _):
         by_version[0] = weights(actors)
-        metrics = []
         for step in range(1, 7):
             metrics.append(loop.step(step))
             by_version[step] = weights(actors)
         loop.settle()
+        for step, file in enumerate(sorted((loop.settings.folder / "rollouts").glob("step-*.parquet")), start=1):
+            batches[step] = read_trained_groups(file).batch
     assert max(one["staleness_maximum"] for one in metrics) == 2
     assert metrics[-1]["weight_gap"] < 2e-3
-    corpus = source.corpus
-    files = sorted((settings.folder / "rollouts").glob("step-*.parquet"))
-    assert len(files) == 6
+    assert len(batches) == 6
     seen = set()
-    for step, file in enumerate(files, start=1):
-        batch = read_trained_groups(file).batch
+    for step, batch in batches.items():
         for version in np.unique(batch.weight_versions):
             assert 0 <= step - 1 - version <= 2
             part = batch.select(np.nonzero(batch.weight_versions == version)[0])
-            gaps = {other: largest_gap(settings, corpus, by_version[other], part) for other in (version, version + 1)}
+            gaps = {other: largest_gap(tiny, by_version[other], part) for other in (version, version + 1)}
             assert gaps[version] < 2e-3 < gaps[version + 1], (step, version, gaps)
             seen.add(step - 1 - int(version))
     assert seen == {0, 1, 2}
 
 
-def largest_gap(settings, corpus, weights_of_version, batch):
+def largest_gap(tiny, weights_of_version, batch):
     """Between the sampler's log-probabilities and those under the weights of some version."""
-    model = load_language_model(str(settings.folder / "sft" / "checkpoint"))
+    model = copy.deepcopy(tiny.model)
     model.load_state_dict(weights_of_version, strict=False)
-    constraint = AnswerConstraint.of(corpus.index, corpus.tokenizer, vocabulary_size=model.config.vocab_size)
+    masks = torch.from_numpy(tiny.constraint.free_text_masks)
     values = response_log_probabilities(
-        policy_of(model), batch, allowed_in(batch, constraint).allowed, torch.from_numpy(constraint.free_text_masks),
-        temperature=1.0, micro_batch_tokens=2048,
+        policy_of(model), batch, allowed_in(batch, tiny.constraint).allowed, masks, temperature=1.0,
+        micro_batch_tokens=2048,
     )  # fmt: skip
     return float(np.abs(values.numpy() - batch.log_probabilities.values).max())
