@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -111,6 +111,28 @@ class LearnerRank:
     def weight_chunks(self, chunk_bytes: int) -> Iterator[WeightChunk]:
         """The weights of the current version, an object a chunk; every rank is called, and rank 0 has them."""
         yield from self.engine.weight_chunks(self.version, chunk_bytes)
+
+    def open_weight_transfer(
+        self, backend: Literal["nccl", "ipc"], engines: list[Any], *, devices: int, meeting_place: tuple[str, int],
+        bucket_bytes: int, seconds: float,
+    ) -> None:  # fmt: skip
+        """Connect with rollout engines by vLLM's own weight transfer; every rank is called. See `weight_sender`."""
+        from actors.native_weights import EngineClient, weight_sender  # imports vLLM, which takes seconds
+
+        self.client = EngineClient(engines, devices=devices, seconds=seconds)
+        self.sender = weight_sender(
+            backend, self.engine, self.client, meeting_place=meeting_place, bucket_bytes=bucket_bytes
+        )
+
+    def free_meeting_place(self) -> tuple[str, int]:
+        """An address of this rank's node and a port that is free there."""
+        return meeting_place()
+
+    def send_weights(self) -> int:
+        """Send the weights of the current version to the engines; every rank is called. Returns the version."""
+        self.client.version = self.version
+        self.sender.send_weights()
+        return self.version
 
     def token_log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [tokens - 1]: of every token but the first, without a constraint; every rank is called."""

@@ -28,6 +28,9 @@ PROCESSORS = {
     "v2": "actors.logits_processors_v2:ItemConstraintProcessorV2",
 }
 RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+# Tokens of a key-value block on CPUs. Responses of a group share whole blocks of their prompt, so vLLM's own 128 would
+# have most of a prompt of 200 tokens computed once per response.
+CPU_BLOCK_TOKENS = 32
 logger = logging.getLogger(__name__)
 
 # Read by vLLM when it is imported, so they are set for the actor's whole process.
@@ -41,9 +44,11 @@ ENVIRONMENT = {
 }
 
 
-def environment(model_runner: ModelRunner) -> dict[str, str]:
+def environment(model_runner: ModelRunner, *, tensor_parallel: int = 1) -> dict[str, str]:
     """Variables of an actor's process, for its runtime environment."""
-    return {**ENVIRONMENT, RUNNER_VARIABLE: "1" if model_runner == "v2" else "0"}
+    # On CPUs vLLM would give every one of its processes cores of its own, whatever the actor has.
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if tensor_parallel > 1 else {}
+    return {**ENVIRONMENT, RUNNER_VARIABLE: "1" if model_runner == "v2" else "0", **binding}
 
 
 def prompt_seeds(seed: int, stream: int, count: int, offset: int = 0) -> list[int]:
@@ -91,8 +96,12 @@ class RolloutEngine:
         seed: int = 0,
         sampler: Sampler = "constrained",
         model_runner: ModelRunner = "v1",
+        tensor_parallel: int = 1,
+        weight_transfer: str = "object_store",
     ) -> None:
         """Args:
+        weight_transfer: `object_store` (see `update_weights`), or a back end of vLLM's weight transfer (`nccl`, `ipc`).
+        tensor_parallel: devices that share the model; above 1 vLLM starts a process for each.
         model_runner: of vLLM; the variable VLLM_USE_V2_MODEL_RUNNER of the actor's process must say the same, see
             `environment`. V2 needs a GPU, and has not been run on one yet.
         sampler: `constrained` samples semantic IDs without the full vocabulary where that is known to work, see
@@ -105,6 +114,8 @@ class RolloutEngine:
                 "with the variables that actors.rollout.environment gives"
             )
         from vllm import LLM  # takes seconds, and reads the environment
+        from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
 
         if threads:
             torch.set_num_threads(threads)
@@ -112,11 +123,15 @@ class RolloutEngine:
             model=model_folder,
             dtype=dtype,
             seed=seed,
+            tensor_parallel_size=tensor_parallel,
+            # vLLM's own Ray executor would lose the placement group of this actor.
+            distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
             max_model_len=maximum_tokens,
             max_num_seqs=sequences,
             kv_cache_memory_bytes=kv_cache_mib * 2**20,
             enforce_eager=True,
             enable_prefix_caching=True,
+            block_size=CPU_BLOCK_TOKENS if current_platform.is_cpu() else None,
             # A prompt prefilled in parts rolls a seeded request's generator back, which torch cannot do on the CPU.
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(maximum_tokens, 8192),
@@ -128,6 +143,9 @@ class RolloutEngine:
             worker_extension_cls="actors.worker_extension.RolloutWorkerExtension",
             additional_config={"gream": {"index": index_folder, "tokenizer": model_folder}},
             disable_log_stats=True,
+            weight_transfer_config=(
+                None if weight_transfer == "object_store" else WeightTransferConfig(backend=weight_transfer)
+            ),
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
         self.end_of_sequence = tokenizer.eos_token_id
@@ -257,10 +275,40 @@ class RolloutEngine:
         self._weight_version = version
         return version
 
+    def join_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """Meet the learner's sender, by what vLLM's back end wants to know."""
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_transfer(self, version: int) -> None:
+        """Get ready for the weights of a version; until they are whole, nothing is sampled."""
+        self._require_whole_weights()
+        self._broken = f"weights of version {version} have come in part over those of version {self._weight_version}"
+        self.llm.start_weight_update()
+
+    def receive_weights(self, update_info: Any) -> None:
+        """Take some weights in, by what vLLM's back end sends with them. Where that fails the update is closed, and the
+        engine does not sample any more."""
+        received = False
+        try:
+            self.llm.update_weights({"update_info": update_info})
+            received = True
+        finally:
+            if not received:
+                self.llm.collective_rpc("shutdown_weight_transfer_engine")
+
+    def finish_weight_transfer(self, version: int) -> None:
+        """All weights of the version are there: make them those that sample."""
+        self.llm.finish_weight_update()
+        self._weights_are_whole()
+        self._weight_version = version
+
     def _reload(self, **source: Any) -> None:
         self._require_whole_weights()
         self._broken = f"loading weights over those of version {self._weight_version} failed"
         self.llm.collective_rpc("reload_weights", kwargs=source)
+        self._weights_are_whole()
+
+    def _weights_are_whole(self) -> None:
         self.llm.collective_rpc("weights_changed")
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset after a weight update: requests are still running")

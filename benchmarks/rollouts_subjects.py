@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.rollout import ENVIRONMENT, RolloutEngine, prompt_seeds
+from actors.rollout import CPU_BLOCK_TOKENS, ENVIRONMENT, RolloutEngine, prompt_seeds
 from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from learner.rollouts import RolloutPrompts
@@ -110,7 +110,7 @@ def vllm(task: Task, *, structured: bool = False) -> Callable[[int], Sampled]:
         model=task.model, dtype=task.dtype, seed=task.seed, max_model_len=task.prompt_tokens + task.budget,  # type: ignore[arg-type]
         max_num_seqs=256, kv_cache_memory_bytes=256 * 2**20, enforce_eager=True, enable_prefix_caching=True,
         enable_chunked_prefill=False, max_num_batched_tokens=max(task.prompt_tokens + task.budget, 8192),
-        async_scheduling=False, generation_config="vllm", logprobs_mode="processed_logprobs", disable_log_stats=True,
+        block_size=CPU_BLOCK_TOKENS, async_scheduling=False, generation_config="vllm", logprobs_mode="processed_logprobs", disable_log_stats=True,
         structured_outputs_config={"backend": "guidance"},
     )  # fmt: skip
     grammar = None

@@ -48,6 +48,23 @@ class LearnerRanks:
             await_result(empty[-1], "the weights of another learner rank", self.seconds)
         return chunks
 
+    def open_weight_transfer(self, backend: str, engines: list[Any], *, devices: int, bucket_bytes: int) -> None:
+        """Connect all ranks with rollout engines by vLLM's own weight transfer."""
+        found = self.ranks[0].free_meeting_place.remote()
+        meeting = await_result(found, "the address of learner rank 0", self.seconds)
+        calls = [
+            rank.open_weight_transfer.remote(
+                backend, engines, devices=devices, meeting_place=meeting, bucket_bytes=bucket_bytes,
+                seconds=self.seconds,
+            )
+            for rank in self.ranks
+        ]  # fmt: skip
+        self._results(calls, f"the {backend} connection of learner rank")
+
+    def send_weights(self) -> int:
+        """Send the weights to the engines it is connected with; returns their version."""
+        return self._results([rank.send_weights.remote() for rank in self.ranks], "the weights of learner rank")[0]
+
     def token_log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [tokens - 1]: of every token but the first, without a constraint."""
         calls = [rank.token_log_probabilities.remote(tokens) for rank in self.ranks]

@@ -59,9 +59,9 @@ def engines_placed(settings: ClusterSettings, *, engines: int = 1, learner_ranks
 
     Raises RuntimeError that says what was asked and what the cluster has when it is not ready by the deadline.
     """
-    gpu = {"GPU": settings.gpus_per_engine} if settings.gpus_per_engine else {}
-    cpus = [*[settings.rollout_cpus] * engines, *[settings.learner_cpus] * learner_ranks]
-    bundles = [{"CPU": count, **gpu} for count in cpus]
+    places = [(settings.rollout_cpus, settings.gpus_per_engine * settings.tensor_parallel)] * engines
+    places += [(settings.learner_cpus, settings.gpus_per_engine)] * learner_ranks
+    bundles = [{"CPU": cpus, **({"GPU": gpus} if gpus else {})} for cpus, gpus in places]
     require_resources(bundles)
     group = placement_group(bundles, strategy="PACK")
     try:
@@ -79,7 +79,7 @@ def in_bundle(group: PlacementGroup, bundle: int, settings: ClusterSettings, env
     """Options of an actor that lives in a bundle of the group."""
     return {
         "num_cpus": group.bundle_specs[bundle]["CPU"],
-        "num_gpus": settings.gpus_per_engine,
+        "num_gpus": group.bundle_specs[bundle].get("GPU", 0),
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         "runtime_env": {"env_vars": {**environment, "OMP_NUM_THREADS": str(settings.threads)}},
     }

@@ -83,11 +83,13 @@ class RolloutEngines:
 
     def _start(self, number: int) -> Any:
         cluster = self.cluster
-        place = in_bundle(self.group, number, cluster, environment(cluster.model_runner))
+        variables = environment(cluster.model_runner, tensor_parallel=cluster.tensor_parallel)
+        place = in_bundle(self.group, number, cluster, variables)
         return RolloutActor.options(**place).remote(
             self.model, self.index, weight_version=self.model_version, dtype=cluster.dtype,
             kv_cache_mib=cluster.kv_cache_mib, sequences=cluster.rollout_sequences, threads=cluster.threads,
             seed=self.settings.seed, sampler=cluster.rollout_sampler, model_runner=cluster.model_runner,
+            tensor_parallel=cluster.tensor_parallel, weight_transfer=cluster.weight_transfer,
         )  # fmt: skip
 
     def generate(
@@ -206,6 +208,11 @@ class RolloutEngines:
         superseded = [call for call in engine.queue if call.brings_weights]
         while True:
             engine.failures += 1
+            if self.cluster.weight_transfer != "object_store":
+                raise RuntimeError(
+                    f"{engine.name} was lost because {cause}; its connection with the learner "
+                    f"(cluster.weight_transfer {self.cluster.weight_transfer}) cannot be made again in mid-run"
+                )
             ray.kill(engine.actor, no_restart=True)
             if engine.failures > self.cluster.maximum_restarts:
                 raise RuntimeError(

@@ -51,6 +51,13 @@ class ClusterSettings(Section):
         description="constrained leaves the full vocabulary alone inside semantic IDs; plain is vLLM's own sampler.",
     )
     weight_chunk_mib: int = Field(64, ge=1, description="Weights travel to the engine in chunks of about that size.")
+    weight_transfer: Literal["object_store", "nccl", "ipc"] = Field(
+        "object_store",
+        description="How weights get to the engines: shared memory, or vLLM's NCCL, or its CUDA IPC on shared devices.",
+    )
+    tensor_parallel: int = Field(
+        1, ge=1, description="Devices of one rollout engine; each counts gpus_per_engine and a process of its own."
+    )
     model_runner: Literal["v1", "v2"] = Field(
         "v1", description="vLLM's model runner; v2 needs a GPU, and has not been run on one yet."
     )
@@ -72,6 +79,15 @@ class ClusterSettings(Section):
     )
     start_seconds: float = Field(300, gt=0, description="Deadline for an actor to start.")
     call_seconds: float = Field(1800, gt=0, description="Deadline for one call of an actor.")
+
+    @model_validator(mode="after")
+    def _transfer_has_devices(self) -> ClusterSettings:
+        if self.weight_transfer != "object_store" and not self.gpus_per_engine:
+            raise ValueError(
+                f"cluster.weight_transfer {self.weight_transfer} needs GPUs: set cluster.gpus_per_engine, or "
+                "leave it at object_store"
+            )
+        return self
 
 
 class TrackingSettings(Section):

@@ -26,7 +26,13 @@ class SrpoActors:
     chunk_bytes: int
 
     def send_weights(self) -> list[EngineCall]:
-        """Learner -> object store -> rollout engines, which take them up after what they are working on."""
+        """Learner -> rollout engines, which take them up after what they are working on.
+
+        Through the object store the calls are under way; vLLM's own transfer has ended, and leaves no calls.
+        """
+        if self.engines.cluster.weight_transfer != "object_store":
+            self.learner.send_weights()
+            return []
         return self.engines.update_weights(self.learner.weight_chunks(self.chunk_bytes))
 
 
@@ -66,6 +72,11 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
         try:
             learner = start_learner_ranks(group, settings, index, model, first_bundle=engines)
             rollout.wait_until_started()
+            if cluster.weight_transfer != "object_store":
+                learner.open_weight_transfer(
+                    cluster.weight_transfer, [engine.actor for engine in rollout.engines],
+                    devices=cluster.tensor_parallel, bucket_bytes=cluster.weight_chunk_mib * 2**20,
+                )  # fmt: skip
             rewards.wait_until_started()
             yield SrpoActors(learner, rollout, rewards, cluster.weight_chunk_mib * 2**20)
         finally:

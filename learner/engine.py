@@ -188,15 +188,30 @@ class LearnerEngine:
         torch.distributed.all_reduce(values, op=operation)
         return values.tolist()
 
-    def weight_buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """The language model's weights on the CPU in buckets of about that size, low-rank ones merged in.
-
-        Every rank goes through all of them, and only those of rank 0 are not empty. Under ZeRO 3 one bucket is gathered
-        at a time.
-        """
+    def _named_weights(self) -> tuple[dict[str, Any], bool]:
+        """The language model's weights by name, low-rank ones merged in, and whether they have to be gathered."""
         model = self.engine.module.language_model
         gathered = self.engine.zero_optimization_stage() == 3
-        named = dict(model.named_parameters()) if gathered else merged_weights(model)
+        return dict(model.named_parameters()) if gathered else merged_weights(model), gathered
+
+    def weight_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and whole shape of the weights in the order of the buckets, without gathering; a tied head is
+        left out."""
+        named, gathered = self._named_weights()
+        tied = self.engine.module.language_model.config.tie_word_embeddings
+        return [
+            (name, weight.dtype, tuple(weight.ds_shape if gathered else weight.shape))
+            for name, weight in named.items()
+            if not (tied and name == "lm_head.weight")
+        ]
+
+    def weight_buckets(self, bucket_bytes: int, *, on_host: bool = True) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The language model's weights in buckets of about that size, low-rank ones merged in.
+
+        Every rank goes through all of them. On the host only those of rank 0 are not empty; on the device all ranks
+        have them. Under ZeRO 3 one bucket is gathered at a time, and what is given out are copies.
+        """
+        named, gathered = self._named_weights()
         bucket: list[tuple[str, torch.Tensor]] = []
         size = 0
         for number, (name, weight) in enumerate(named.items(), start=1):
@@ -205,9 +220,9 @@ class LearnerEngine:
             if size < bucket_bytes and number < len(named):
                 continue
             with deepspeed.zero.GatheredParameters([weight for _, weight in bucket], enabled=gathered):
-                kept = bucket if self.rank == 0 else []
+                kept = bucket if self.rank == 0 or not on_host else []
                 copies = [(key, value.detach().clone() if gathered else value.detach()) for key, value in kept]
-            yield [(key, value.cpu()) for key, value in copies]
+            yield [(key, value.cpu() if on_host else value) for key, value in copies]
             bucket, size = [], 0
 
     def weight_chunks(self, version: int, bucket_bytes: int) -> Iterator[WeightChunk]:
