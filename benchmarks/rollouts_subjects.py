@@ -110,8 +110,8 @@ def vllm(task: Task, *, structured: bool = False) -> Callable[[int], Sampled]:
         model=task.model, dtype=task.dtype, seed=task.seed, max_model_len=task.prompt_tokens + task.budget,  # type: ignore[arg-type]
         max_num_seqs=256, kv_cache_memory_bytes=256 * 2**20, enforce_eager=True, enable_prefix_caching=True,
         enable_chunked_prefill=False, max_num_batched_tokens=max(task.prompt_tokens + task.budget, 8192),
-        block_size=CPU_BLOCK_TOKENS, async_scheduling=False, generation_config="vllm", logprobs_mode="processed_logprobs", disable_log_stats=True,
-        structured_outputs_config={"backend": "guidance"},
+        block_size=CPU_BLOCK_TOKENS, async_scheduling=False, generation_config="vllm",
+        logprobs_mode="processed_logprobs", disable_log_stats=True, structured_outputs_config={"backend": "guidance"},
     )  # fmt: skip
     grammar = None
     if structured:

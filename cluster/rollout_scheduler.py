@@ -23,7 +23,7 @@ from learner.advantages import groups_with_variance
 from learner.rollouts import RolloutPrompts
 
 TRAINING = 1  # the stream of seeds; 0 is that of probes and evaluation
-SLOWEST_ACCEPTANCE = 0.1  # a round asks for ten times of what is missing at most
+SLOWEST_ACCEPTANCE = 0.25  # a round asks for four times of what is missing at most
 MEMORY = 0.8  # of the acceptance rate, from round to round
 
 

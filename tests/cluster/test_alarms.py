@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 
-from cluster.alarms import Alarms, AlarmSection
+from cluster.alarms import Alarm, Alarms, AlarmSection
+from cluster.train import sound
 
 HEALTHY = {
     "learner/sampler_ratio": 1.01, "learner/entropy_estimate": 1.5, "coverage": 0.4, "chains/think_tokens": 50.0,
@@ -65,3 +68,14 @@ def test_restored_alarms_go_on_as_before():
     again.restore(alarms.state())
     for step, metrics in ((3, HEALTHY | {"forced_close_rate": 0.9}), (4, HEALTHY | {"coverage": 0.01})):
         assert again.check(step, metrics) == alarms.check(step, metrics)
+
+
+def test_an_alarm_that_stops_saves_the_policy_first(tmp_path, capsys):
+    saved = []
+    actors = SimpleNamespace(learner=SimpleNamespace(save=saved.append))
+    sound(Alarm("coverage_share", 3, 0.0, 0.1, "warn", "step 3: few answers."), actors, tmp_path)
+    assert saved == []
+    assert "alarm: step 3: few answers." in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"step 3: few answers\. The policy of step 3 is in .*stopped"):
+        sound(Alarm("coverage_share", 3, 0.0, 0.1, "stop", "step 3: few answers."), actors, tmp_path)
+    assert saved == [tmp_path / "stopped"]

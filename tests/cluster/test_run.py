@@ -33,7 +33,7 @@ def run(tmp_path_factory, ray_cluster):
 @pytest.mark.engines
 @pytest.mark.timeout(900)
 def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
-    settings = run()
+    settings = run("train.validation_steps=1", "train.result=best")
     run_stages(settings, list(STAGES))
     capsys.readouterr()
 
@@ -51,6 +51,11 @@ def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
     probe = json.loads((settings.folder / "train" / "probe.json").read_text())
     assert set(probe) == {"direct", "reasoning", "both modes"}
     assert probe["direct"]["valid_rate"] == probe["reasoning"]["valid_rate"] == 1.0
+
+    best = json.loads((settings.folder / "train" / "best.json").read_text())
+    assert best["mean_reward"] == pytest.approx((best["direct"] + best["reasoning"]) / 2)
+    selected, kept = (settings.folder / "train" / name / "model.safetensors" for name in ("checkpoint", "best"))
+    assert selected.read_bytes() == kept.read_bytes()
 
     database = sqlite3.connect(settings.folder / "mlflow.db")
     runs = dict(database.execute("select name, status from runs"))
@@ -72,6 +77,8 @@ def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
         assert f"{name}: unchanged, re-used" in printed
 
     # The supervised checkpoint alone does not need the train stage, so that one's changed settings do not matter.
+    validated = database.execute("select step from metrics where key = 'validation/direct/reward'").fetchall()
+    assert validated == [(1,), (2,)]
     only = run("evaluation.checkpoints=[sft]", "evaluation.modes=[direct]", "train.steps=9")
     run_stages(only, ["evaluate"])
     alone = json.loads((settings.folder / "evaluation" / "results.json").read_text())
@@ -89,7 +96,7 @@ def test_a_replay_of_the_kept_rollouts_gives_the_same_policy_without_an_engine(r
     assert [file.name for file in files] == ["step-000001.parquet", "step-000002.parquet"]
 
     # No engine is started: it could not be.
-    monkeypatch.setattr("cluster.rollout_engine.RolloutActor", None)
+    monkeypatch.setattr("cluster.rollout_engines.RolloutActor", None)
     replay_rollouts(settings, settings.folder / "rollouts")
     trained, replayed = (
         safetensors.torch.load_file(settings.folder / stage / "checkpoint" / "model.safetensors")

@@ -95,7 +95,7 @@ def test_without_staleness_the_run_is_the_synchronous_algorithm_bit_for_bit(tiny
                 counts = {}
                 for mode in quota:
                     missing = quota[mode] - len(chosen[mode])
-                    rate = max(rates[mode][0] / rates[mode][1], 0.1) if rates[mode][1] else 1.0
+                    rate = max(rates[mode][0] / rates[mode][1], 0.25) if rates[mode][1] else 1.0
                     counts[mode] = int(np.ceil(missing / rate)) if missing > 0 else 0
                 if not sum(counts.values()):
                     break
