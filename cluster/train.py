@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cluster.alarms import Alarm, Alarms
-from cluster.validation import BestCheckpoint
 
 from actors.reward import ScoredResponses
+from cluster.alarms import Alarm, Alarms
 from cluster.placement import ray_session
 from cluster.probe import compare_probes, mean_rewards, probe
 from cluster.progress import console, progress_bar
@@ -22,6 +21,7 @@ from cluster.settings import Settings
 from cluster.srpo_actors import SrpoActors, WeightCheck, srpo_actors
 from cluster.timers import Timers
 from cluster.tracking import Tracker
+from cluster.validation import BestCheckpoint
 from curriculum.corpus import Corpus
 from item_index.constraint import MODES
 from item_index.ragged import RaggedArray
