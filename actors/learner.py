@@ -23,6 +23,7 @@ from learner.rollout_files import TrainedGroups, write_trained_groups
 from learner.rollouts import RolloutBatch
 from learner.srpo import GroupPolicyLearner
 from learner.weight_chunks import WeightChunk
+from learner.weight_probe import LearnerSums, WeightProbe
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -134,9 +135,9 @@ class LearnerRank:
         self.sender.send_weights()
         return self.version
 
-    def token_log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
-        """float32 [tokens - 1]: of every token but the first, without a constraint; every rank is called."""
-        return self.engine.token_log_probabilities(tokens)
+    def probe_weights(self, tokens: np.ndarray) -> WeightProbe[LearnerSums]:
+        """Sums over the weights of the current version, and what they make of some tokens; every rank is called."""
+        return WeightProbe(self.version, self.engine.token_log_probabilities(tokens), self.engine.weight_sums())
 
     def save(self, folder: str) -> str:
         """Write a checkpoint that transformers and vLLM load as it is; every rank is called, and rank 0 writes."""

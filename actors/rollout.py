@@ -20,6 +20,7 @@ from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from learner.rollouts import RolloutBatch, RolloutPrompts
 from learner.weight_chunks import WeightChunk, tensors_of
+from learner.weight_probe import EngineSums, WeightProbe
 
 Sampler = Literal["constrained", "plain"]
 ModelRunner = Literal["v1", "v2"]
@@ -240,8 +241,8 @@ class RolloutEngine:
         """Node and process id; answered in a thread of its own, also while the engine generates."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def token_log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
-        """float32 [tokens - 1]: of every token but the first, without a constraint: what the weights in use say."""
+    def probe_weights(self, tokens: np.ndarray) -> WeightProbe[EngineSums]:
+        """Sums over the weights in use, and the log-probabilities of some tokens, without a constraint."""
         from vllm import SamplingParams
 
         self._require_whole_weights()
@@ -249,9 +250,10 @@ class RolloutEngine:
         prompt: Any = {"prompt_token_ids": tokens.tolist()}
         (output,) = self.llm.generate([prompt], parameters, use_tqdm=False)
         places: Any = output.prompt_logprobs
-        return np.array(
-            [place[int(token)].logprob for place, token in zip(places[1:], tokens[1:], strict=True)], dtype=np.float32
-        )
+        log_probabilities = [place[int(token)].logprob for place, token in zip(places[1:], tokens[1:], strict=True)]
+        workers = self.llm.collective_rpc("weight_sums")
+        sums = workers[0] if len(workers) == 1 else []  # of several devices each has a part, and some parts twice
+        return WeightProbe(self._weight_version, np.array(log_probabilities, dtype=np.float32), sums)
 
     def update_weights(self, chunks: Sequence[WeightChunk | ray.ObjectRef], *, seconds: float = 600.0) -> int:
         """Replace the weights by those of another version and forget cached prefixes; returns the new version.

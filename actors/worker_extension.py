@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from actors.constrained_sampler import TESTED_VERSIONS, ConstrainedSampler, vllm_version
 from actors.logits_processors import ItemConstraintProcessor
+from learner.weight_probe import EngineSum, EngineSums
 
 
 class RolloutWorkerExtension:
@@ -57,6 +60,24 @@ class RolloutWorkerExtension:
             dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
         if isinstance(runner.sampler, ConstrainedSampler):
             runner.sampler.take_weights(model.lm_head.weight, getattr(model.lm_head, "bias", None))
+
+    @torch.no_grad()
+    def weight_sums(self) -> EngineSums:
+        """A sum over every parameter as it is used, with the checkpoint's names of what is fused in it."""
+        model = self.model_runner.get_model()
+        fused = getattr(model, "packed_modules_mapping", {})
+        sums = []
+        for name, weight in model.named_parameters():
+            path, _, kind = name.rpartition(".")
+            parent, _, module = path.rpartition(".")
+            names = tuple(f"{parent}.{part}.{kind}".lstrip(".") for part in fused.get(module, [module]))
+            packed = weight.numel() == 0  # the CPU build packs linear weights when it loads, and drops them
+            if packed:
+                layer = model.get_submodule(path)
+                weight = layer.cpu_linear(torch.ones(1, layer.input_size, dtype=weight.dtype), weight, None)
+            dtype = str(weight.dtype).removeprefix("torch.")
+            sums.append(EngineSum(names, float(weight.sum(dtype=torch.float64)), dtype, packed))
+        return sums
 
     def sampled_rows(self) -> dict[str, int]:
         """Rows sampled so far by what was computed for them; empty under the plain sampler."""

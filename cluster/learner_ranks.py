@@ -15,6 +15,7 @@ from actors.learner import ENVIRONMENT, LearnerActor, meeting_place
 from cluster.placement import await_result, await_stream, in_bundle
 from cluster.settings import Settings
 from item_index.ragged import RaggedArray
+from learner.weight_probe import LearnerSums, WeightProbe
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class LearnerRanks:
         """Send the weights to the engines it is connected with; returns their version."""
         return self._results([rank.send_weights.remote() for rank in self.ranks], "the weights of learner rank")[0]
 
-    def token_log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
-        """float32 [tokens - 1]: of every token but the first, without a constraint."""
-        calls = [rank.token_log_probabilities.remote(tokens) for rank in self.ranks]
+    def probe_weights(self, tokens: np.ndarray) -> WeightProbe[LearnerSums]:
+        """What rank 0 says of the weights, with some tokens."""
+        calls = [rank.probe_weights.remote(tokens) for rank in self.ranks]
         return self._results(calls, "the weight check of learner rank")[0]
 
     def save(self, folder: Path) -> None:

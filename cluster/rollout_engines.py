@@ -138,11 +138,11 @@ class RolloutEngines:
 
         return self._to_all(lambda: EngineCall("the reload", submit, brings_weights=True))
 
-    def token_log_probabilities(self, tokens: np.ndarray) -> list[EngineCall]:
-        """Ask all engines for the log-probabilities of some tokens, float32 [tokens - 1] as each call's result."""
+    def probe_weights(self, tokens: np.ndarray) -> list[EngineCall]:
+        """Ask all engines what they say of their weights, with some tokens; the result of each is a `WeightProbe`."""
 
         def submit(actor: Any) -> list[ray.ObjectRef]:
-            return [actor.token_log_probabilities.remote(tokens)]
+            return [actor.probe_weights.remote(tokens)]
 
         return self._to_all(lambda: EngineCall("the weight check", submit))
 

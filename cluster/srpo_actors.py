@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cluster.learner_ranks import LearnerRanks, start_learner_ranks
 from cluster.placement import engines_placed
 from cluster.reward_pool import RewardPool
@@ -34,30 +32,6 @@ class SrpoActors:
             self.learner.send_weights()
             return []
         return self.engines.update_weights(self.learner.weight_chunks(self.chunk_bytes))
-
-
-@dataclass(frozen=True)
-class WeightCheck:
-    """What the learner says of some tokens, and the engines' calls for the same with the weights of that version."""
-
-    version: int
-    learner_T: np.ndarray
-    calls: list[EngineCall]
-
-    @property
-    def answered(self) -> bool:
-        return all(call.done for call in self.calls)
-
-    def gap(self, limit: float) -> float:
-        """Largest difference of the log-probabilities. Raises RuntimeError that names the engine above the limit."""
-        gaps = [float(np.abs(self.learner_T - call.result).max()) for call in self.calls]
-        worst = int(np.argmax(gaps))
-        if not gaps[worst] <= limit:
-            raise RuntimeError(
-                f"with weights of version {self.version} the log-probabilities of rollout engine {worst} differ from "
-                f"the learner's by {gaps[worst]:.3g}, more than train.weight_gap: it samples from other weights"
-            )
-        return gaps[worst]
 
 
 @contextmanager

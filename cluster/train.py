@@ -18,10 +18,11 @@ from cluster.progress import console, progress_bar
 from cluster.prompts import PromptSource
 from cluster.rollout_scheduler import RolloutScheduler, alike_groups, has_variance
 from cluster.settings import Settings
-from cluster.srpo_actors import SrpoActors, WeightCheck, srpo_actors
+from cluster.srpo_actors import SrpoActors, srpo_actors
 from cluster.timers import Timers
 from cluster.tracking import Tracker
 from cluster.validation import BestCheckpoint
+from cluster.weight_check import WeightCheck
 from curriculum.corpus import Corpus
 from item_index.constraint import MODES
 from item_index.ragged import RaggedArray
@@ -87,7 +88,7 @@ class SrpoLoop:
         self.dumps = (settings.folder / "rollouts").resolve()
         self.version = 0
         self.weight_check: WeightCheck | None = None
-        self.weight_gap = 0.0
+        self.compared = {"weight_gap": 0.0, "weights_compared": 0.0}
 
     def step(self, step: int) -> dict[str, float]:
         """One step; returns its metrics, seconds by phase among them."""
@@ -129,7 +130,7 @@ class SrpoLoop:
             **batch.metrics,
             **{f"groups/{name}": share for name, share in alike_groups(batch.scored).items()},
             "weight_version": float(self.version),
-            "weight_gap": self.weight_gap,
+            **self.compared,
             "engine_restarts": float(actors.engines.restarts),
             **{f"seconds/{phase}": seconds for phase, seconds in timers.read().items()},
             "seconds/step": total,
@@ -137,24 +138,25 @@ class SrpoLoop:
         }
 
     def check_weights(self, step: int) -> None:
-        """After the first step and every `train.weight_check_steps`: compare what learner and engines make of a prompt
-        and its true answer. Engines that work ahead answer later, and are compared then."""
+        """After the first step and every `train.weight_check_steps`: compare sums over all weights, and what learner
+        and engines make of a prompt and its true answer. Engines that work ahead are compared when they have answered.
+        """
         train, engines = self.settings.train, self.actors.engines
         if self.weight_check is None and (step == 1 or step % train.weight_check_steps == 0):
             prompt = self.source.prompts(self.scheduler.sampler.positions[:1], ["direct"])
             tokens = np.array([*prompt.tokens[0], *self.source.corpus.builder.item_tokens[int(prompt.targets[0])]])
-            calls = engines.token_log_probabilities(tokens)
-            self.weight_check = WeightCheck(self.version, self.actors.learner.token_log_probabilities(tokens), calls)
+            calls = engines.probe_weights(tokens)
+            self.weight_check = WeightCheck(self.actors.learner.probe_weights(tokens), calls)
             if train.max_staleness == 0:
                 engines.wait(calls)
         if self.weight_check is not None and self.weight_check.answered:
-            self.weight_gap, self.weight_check = self.weight_check.gap(train.weight_gap), None
+            self.compared, self.weight_check = self.weight_check.compare(train.weight_gap), None
 
     def settle(self) -> None:
         """Wait for what the engines still owe, the last weight check with it."""
         if self.weight_check is not None:
             self.actors.engines.wait(self.weight_check.calls)
-            self.weight_check.gap(self.settings.train.weight_gap)
+            self.weight_check.compare(self.settings.train.weight_gap)
 
 
 def sound(alarm: Alarm, actors: SrpoActors, folder: Path) -> None:

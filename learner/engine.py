@@ -22,6 +22,7 @@ from learner.low_rank import merged_weights
 from learner.packing import pack_groups
 from learner.policy import Policy
 from learner.weight_chunks import WeightChunk, tensors_of, weight_chunks
+from learner.weight_probe import LearnerSums, learner_sum
 
 Schedule = Literal["cosine", "constant"]
 SAVED_BUCKET_BYTES = 256 * 2**20  # gathered at a time for a checkpoint
@@ -237,6 +238,12 @@ class LearnerEngine:
         with torch.no_grad():  # not inference mode: ZeRO 3 keeps parameters that it gathers
             values = self.engine(packed)
         return values.float().cpu().numpy()
+
+    def weight_sums(self) -> LearnerSums:
+        """Sums over the weights that engines get, by name; every rank calls this, and rank 0 has them."""
+        sent = {name for name, _, _ in self.weight_shapes()}
+        buckets = self.weight_buckets(SAVED_BUCKET_BYTES)
+        return {name: learner_sum(weight) for bucket in buckets for name, weight in bucket if name in sent}
 
     def save(self, folder: str | Path, tokenizer: Any) -> None:
         """Write a checkpoint that transformers and vLLM load as it is; every rank calls this, rank 0 writes."""

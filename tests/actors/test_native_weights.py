@@ -51,7 +51,7 @@ def pair(tiny, ray_cluster):
 
 
 def probed(actor, tokens):
-    return ray.get(actor.token_log_probabilities.remote(tokens), timeout=120)
+    return ray.get(actor.probe_weights.remote(tokens), timeout=120).log_probabilities_T
 
 
 def test_weights_arrive_whole_and_a_transfer_that_breaks_off_ends_the_sampling(tiny, pair):

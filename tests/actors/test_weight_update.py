@@ -17,6 +17,7 @@ from learner.policy import load_language_model
 from learner.rollouts import allowed_in
 from learner.srpo import response_log_probabilities
 from learner.weight_chunks import weight_chunks
+from learner.weight_probe import different_weights, learner_sum
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 MODES = ["direct", "reasoning"] * 4
@@ -63,6 +64,25 @@ def test_outputs_and_log_probabilities_follow_the_new_weights(tiny, rollout_engi
         rollout_engine.load_weights(str(tiny.checkpoint), 0)
     back = rollout_engine.generate(prompts, responses=4, seeds=seeds)
     assert back.responses.values.tolist() == old.responses.values.tolist()
+
+
+def test_one_tensor_that_was_left_out_of_one_small_update_is_noticed(tiny, rollout_engine):
+    tokens = np.array([*tiny.prompts(["direct"]).tokens[0], *tiny.builder.item_tokens[3]])
+    state = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
+    sums = {name: learner_sum(weight) for name, weight in state.items()}
+    before = rollout_engine.probe_weights(tokens)
+    assert different_weights(sums, before.sums) == ([], len(state))
+    for left_out in ("model.layers.0.self_attn.k_proj.weight", "model.norm.weight"):
+        torch.manual_seed(4)
+        updated = state | {left_out: state[left_out] + 1e-6 * torch.randn(state[left_out].shape).sign()}
+        wrong, _ = different_weights({name: learner_sum(weight) for name, weight in updated.items()}, before.sums)
+        assert left_out in wrong
+        assert all("layers.0.self_attn" in name or name == left_out for name in wrong), "what is fused with it at most"
+        model = LlamaForCausalLM(tiny.model.config)
+        model.load_state_dict(updated)
+        ours = model(torch.from_numpy(tokens)[None]).logits[0, :-1].log_softmax(-1)
+        gap = ours.gather(1, torch.from_numpy(tokens)[1:, None])[:, 0].detach().numpy() - before.log_probabilities_T
+        assert np.abs(gap).max() < 2e-3, "which log-probabilities alone would not have noticed"
 
 
 def test_a_transfer_that_breaks_off_leaves_the_old_weights(tiny, rollout_engine):
@@ -114,9 +134,12 @@ def test_learner_and_rollout_actors_agree_on_weights_and_version_after_an_update
     assert ray.get(rollout.update_weights.remote(chunks), timeout=120) == 1
     assert ray.get(rollout.weight_version.remote(), timeout=60) == 1
     tokens = np.array([*prompts.tokens[0], *tiny.builder.item_tokens[3]])
-    probed = [ray.get(actor.token_log_probabilities.remote(tokens), timeout=120) for actor in (rollout, learner)]
-    assert len(probed[0]) == len(tokens) - 1
-    assert np.abs(probed[0] - probed[1]).max() < 2e-3
+    probes = [ray.get(actor.probe_weights.remote(tokens), timeout=120) for actor in (rollout, learner)]
+    assert [probe.version for probe in probes] == [1, 1]
+    ours, theirs = (probe.log_probabilities_T for probe in probes)
+    assert len(ours) == len(tokens) - 1
+    assert np.abs(ours - theirs).max() < 2e-3
+    assert different_weights(probes[1].sums, probes[0].sums) == ([], len(tiny.model.state_dict()))
     fresh = ray.get(rollout.generate.remote(prompts, responses=4, seeds=seeds), timeout=120)
     assert fresh.responses.values.tolist() != ray.get(batch, timeout=60).responses.values.tolist()
     folder = ray.get(learner.save.remote(str(tmp_path / "saved")), timeout=120)

@@ -176,6 +176,7 @@ def test_working_ahead_trains_on_rollouts_of_the_stamped_version_and_of_none_too
             batches[step] = read_trained_groups(file).batch
     assert max(one["staleness_maximum"] for one in metrics) == 2
     assert metrics[-1]["weight_gap"] < 2e-3
+    assert metrics[-1]["weights_compared"] == 1.0
     assert len(batches) == 6
     seen = set()
     for step, batch in batches.items():
