@@ -96,6 +96,7 @@ class ConstrainedRequests:
         # Each slot's excluded items in the form of `ExcludedItems`; put together they are sorted already.
         self._excluded_keys: list[np.ndarray] = [np.zeros(0, dtype=np.int64)] * capacity
         self._excluded_changed = False
+        self._fresh: tuple[tuple[Mode, int, list[int]], ConstraintStates] | None = None
         free_text = torch.zeros(self.constraint.free_text_masks.shape)
         self._free_text_bias = free_text.masked_fill(~torch.from_numpy(self.constraint.free_text_masks), -torch.inf).to(
             device
@@ -108,7 +109,10 @@ class ConstrainedRequests:
                 f"the request was made for index version {settings.index_version}, but this engine samples under "
                 f"{self.index_version}"
             )
-        fresh = self.constraint.start([settings.mode], [settings.budget], [settings.excluded])
+        wanted = (settings.mode, settings.budget, settings.excluded)
+        if self._fresh is None or self._fresh[0] != wanted:  # responses of a group come one after the other
+            self._fresh = (wanted, self.constraint.start([settings.mode], [settings.budget], [settings.excluded]))
+        fresh = self._fresh[1]
         for name in ("phase", "node", "remaining", "reasoning", "forced"):
             getattr(self.states, name)[slot] = getattr(fresh, name)[0]
         seed = self._seeds.integers(2**63) if settings.seed is None else settings.seed % 2**64

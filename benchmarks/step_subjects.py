@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,9 +205,9 @@ SUBJECTS: dict[str, Callable[[Task], list[dict[str, float]]]] = {
 
 
 def measure(task: Task) -> dict[str, float]:
-    """Medians over the steps, and responses trained per second of the median step."""
-    steps = SUBJECTS[task.subject](task)
-    numbers = {name: median(step[name] for step in steps) for name in steps[0]}
+    """All numbers of the step of median length, so that its phases add up, and responses trained per second."""
+    steps = sorted(SUBJECTS[task.subject](task), key=lambda step: step["step"])
+    numbers = steps[(len(steps) - 1) // 2]
     return {**numbers, "responses per second": numbers["trained"] / numbers["step"]}
 
 
