@@ -36,12 +36,14 @@ class LearnerRank:
         rank, ranks: of all that train together; each of them is such an actor.
         meeting_place: address and port at which rank 0 listens, see `meeting_place`; None for a rank alone.
         low_rank: arguments of `LowRankSettings`, to train low-rank weights beside frozen ones; None trains all.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         version: counts the updates.
     """
 
     def __init__(
         self, model_folder: str, *, engine: dict[str, Any], seed: int, threads: int, rank: int = 0, ranks: int = 1,
-        meeting_place: tuple[str, int] | None = None, low_rank: dict[str, Any] | None = None, version: int = 0,
+        meeting_place: tuple[str, int] | None = None, low_rank: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False, version: int = 0,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         torch.set_num_threads(threads)
@@ -52,6 +54,8 @@ class LearnerRank:
         model = load_language_model(model_folder, attention=PACKED)
         if low_rank is not None:
             model = add_low_rank_weights(model, LowRankSettings(**low_rank), known_tokens=None)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.low_rank = low_rank is not None
         self.engine = LearnerEngine(Policy(model), **engine)
         self.group_policy: GroupPolicyLearner | None = None

@@ -32,6 +32,9 @@ RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 # Tokens of a key-value block on CPUs. Responses of a group share whole blocks of their prompt, so vLLM's own 128 would
 # have most of a prompt of 200 tokens computed once per response.
 CPU_BLOCK_TOKENS = 32
+# The cache has its own size, so of this share vLLM only wants that much to be free at the start: a colocated learner
+# may hold the rest of the GPU.
+LEAST_GPU_SHARE = 0.05
 logger = logging.getLogger(__name__)
 
 # Read by vLLM when it is imported, so they are set for the actor's whole process.
@@ -130,6 +133,7 @@ class RolloutEngine:
             max_model_len=maximum_tokens,
             max_num_seqs=sequences,
             kv_cache_memory_bytes=kv_cache_mib * 2**20,
+            **({} if current_platform.is_cpu() else {"gpu_memory_utilization": LEAST_GPU_SHARE}),
             enforce_eager=True,
             enable_prefix_caching=True,
             block_size=CPU_BLOCK_TOKENS if current_platform.is_cpu() else None,

@@ -140,6 +140,18 @@ def run(config: Config = None, overrides: Overrides = None, dry_run: DryRun = Fa
     _run(list(STAGES), config, overrides, dry_run)
 
 
+@app.command("plan")
+def plan(config: Config = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Show who would run where and how much memory it takes, on settings.machine; starts nothing."""
+    settings = load_settings(config, overrides or ())
+    if dry_run:
+        print(settings.dump(), end="")
+        return
+    from cluster.plan import show_plan
+
+    show_plan(settings)
+
+
 def _run(
     names: list[str], config: Path | None, overrides: list[str] | None, dry_run: bool, *, update_index: bool = False
 ) -> None:

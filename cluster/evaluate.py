@@ -14,7 +14,7 @@ from rich.table import Table
 
 from actors.ranking import RankingActor
 from actors.rollout import prompt_seeds
-from cluster.placement import await_result, engines_placed, ray_session
+from cluster.placement import await_result, placed, ray_session
 from cluster.probe import scored_in_order
 from cluster.progress import Bar, console, progress_bar
 from cluster.prompts import PromptSource
@@ -63,7 +63,7 @@ def run_evaluate(
     threads = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cluster.threads)}}}
     with (
         ray_session(cluster),
-        engines_placed(cluster, engines=cluster.rollout_engines) as group,
+        placed(cluster, engines=cluster.rollout_engines) as placement,
         progress_bar("evaluate", work) as bar,
     ):
         engines: RolloutEngines | None = None
@@ -76,7 +76,7 @@ def run_evaluate(
             if "reasoning" in evaluation.modes:
                 if engines is None or rewards is None:
                     rewards = RewardPool(settings, index, model)
-                    engines = RolloutEngines(group, settings, index, model)
+                    engines = RolloutEngines(placement, settings, index, model)
                     engines.wait_until_started()
                 else:  # one engine serves all checkpoints: its start costs more than a reload
                     engines.wait(engines.load_weights(model, version))

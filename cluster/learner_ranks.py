@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.placement_group import PlacementGroup
 
 from actors.learner import ENVIRONMENT, LearnerActor, meeting_place
-from cluster.placement import await_result, await_stream, in_bundle
+from cluster.bundles import LEARNER
+from cluster.placement import Placement, await_result, await_stream
 from cluster.settings import Settings
 from item_index.ragged import RaggedArray
 from learner.weight_probe import LearnerSums, WeightProbe
@@ -81,12 +81,10 @@ class LearnerRanks:
         return [await_result(call, f"{what} {rank}", self.seconds) for rank, call in enumerate(calls)]
 
 
-def start_learner_ranks(
-    group: PlacementGroup, settings: Settings, index: str, model: str, *, first_bundle: int
-) -> LearnerRanks:
-    """Ranks on a checkpoint in the bundles from `first_bundle` on, ready to update it by SRPO."""
+def start_learner_ranks(placement: Placement, settings: Settings, index: str, model: str) -> LearnerRanks:
+    """Ranks on a checkpoint in their places, ready to update it by SRPO."""
     train, cluster = settings.train, settings.cluster
-    places = [in_bundle(group, first_bundle + rank, cluster, ENVIRONMENT) for rank in range(train.ranks)]
+    places = [placement.options(LEARNER, rank, ENVIRONMENT) for rank in range(train.ranks)]
     meeting = None
     if train.ranks > 1:
         found = ray.remote(meeting_place).options(**{**places[0], "num_cpus": 0, "num_gpus": 0}).remote()
@@ -102,6 +100,7 @@ def start_learner_ranks(
                 "maximum_skipped_steps": train.maximum_skipped_steps,
             },
             seed=settings.seed, threads=cluster.threads, rank=rank, ranks=train.ranks, meeting_place=meeting,
+            gradient_checkpointing=train.gradient_checkpointing,
             low_rank=None if train.low_rank is None else train.low_rank.model_dump(),
         )
         for rank, place in enumerate(places)

@@ -186,6 +186,9 @@ class TrainSettings(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of the learner's weights and activations; with bfloat16 it keeps float32 masters."
     )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass instead of keeping them."
+    )
     offload_optimizer: bool = Field(
         False, description="Keep the optimizer's state in the host's memory and step there (train.zero_stage 1 to 3)."
     )

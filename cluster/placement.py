@@ -1,4 +1,4 @@
-"""Ray for one run: the connection, one placement group for learner and rollout engine, and calls with a deadline."""
+"""Ray for one run: the connection, a placement group for learner ranks and rollout engines, calls with a deadline."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.bundles import Bundle, bundles_of, what_is_missing
+from cluster.progress import console
 from cluster.settings import ClusterSettings
 
 POLL_SECONDS = 0.2
@@ -41,48 +44,62 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
         ray.shutdown()
 
 
-def require_resources(bundles: Sequence[dict[str, float]]) -> None:
-    """Raise RuntimeError that says what is asked for and what there is, where the cluster can never hold it."""
-    total = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in bundles[0]}
-    have = ray.cluster_resources()
-    if any(have.get(key, 0) < amount for key, amount in total.items()):
-        raise RuntimeError(
-            f"the cluster cannot hold the bundles {bundles}: it has "
-            f"{ {key: have.get(key, 0) for key in total} }; lower cluster.learner_cpus and "
-            "cluster.rollout_cpus, or add nodes"
+def require_places(bundles: Sequence[Bundle], cluster: ClusterSettings) -> None:
+    """Raise RuntimeError that says what is asked for, what there is and what to change, where the cluster cannot hold
+    the bundles even when it is empty; not where `cluster.wait_for_nodes_seconds` lets an autoscaler change that."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    missing = what_is_missing(bundles, nodes)
+    if missing and not cluster.wait_for_nodes_seconds:
+        raise RuntimeError(f"the cluster has no place for this run: {missing}")
+    if missing:
+        console.print(f"waiting for nodes, {cluster.wait_for_nodes_seconds:.0f} s at most: {missing}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bundles that a placement group holds for this run."""
+
+    group: PlacementGroup
+    bundles: list[Bundle]
+    threads: int
+
+    def options(self, kind: str, number: int, environment: dict[str, str]) -> dict[str, Any]:
+        """Options of the actor that is this process of the bundles."""
+        bundle, process = next(
+            (place, process)
+            for place, bundle in enumerate(self.bundles)
+            for process in bundle.processes
+            if (process.kind, process.number) == (kind, number)
         )
+        return {
+            "num_cpus": process.cpus,
+            "num_gpus": process.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle),
+            "runtime_env": {"env_vars": {**environment, "OMP_NUM_THREADS": str(self.threads)}},
+        }
 
 
 @contextmanager
-def engines_placed(settings: ClusterSettings, *, engines: int = 1, learner_ranks: int = 0) -> Iterator[PlacementGroup]:
-    """A placement group with the first bundles for engines and the next ones for the learner's ranks.
+def placed(cluster: ClusterSettings, *, engines: int = 1, learner_ranks: int = 0) -> Iterator[Placement]:
+    """Places for rollout engines and learner ranks, on as few nodes as they fit on.
 
-    Raises RuntimeError that says what was asked and what the cluster has when it is not ready by the deadline.
+    Raises RuntimeError that says what was asked and what the cluster has, at once where it never can hold it, and after
+    `cluster.start_seconds` where others hold the places. A pending group is what Ray's autoscaler brings nodes for.
     """
-    places = [(settings.rollout_cpus, settings.gpus_per_engine * settings.tensor_parallel)] * engines
-    places += [(settings.learner_cpus, settings.gpus_per_engine)] * learner_ranks
-    bundles = [{"CPU": cpus, **({"GPU": gpus} if gpus else {})} for cpus, gpus in places]
-    require_resources(bundles)
-    group = placement_group(bundles, strategy="PACK")
+    bundles = bundles_of(cluster, engines=engines, learner_ranks=learner_ranks)
+    require_places(bundles, cluster)
+    seconds = cluster.wait_for_nodes_seconds + cluster.start_seconds
+    group = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
     try:
-        if not group.wait(settings.start_seconds):
+        if not group.wait(seconds):
             raise RuntimeError(
-                f"no place for the bundles {bundles} within {settings.start_seconds:.0f} s; free now: "
+                f"no place for {', '.join(map(str, bundles))} within {seconds:.0f} s (cluster.wait_for_nodes_seconds "
+                f"and cluster.start_seconds): others hold it, or nodes have not come; free now: "
                 f"{ray.available_resources()}"
             )
-        yield group
+        yield Placement(group, bundles, cluster.threads)
     finally:
         remove_placement_group(group)
-
-
-def in_bundle(group: PlacementGroup, bundle: int, settings: ClusterSettings, environment: dict[str, str]) -> dict:
-    """Options of an actor that lives in a bundle of the group."""
-    return {
-        "num_cpus": group.bundle_specs[bundle]["CPU"],
-        "num_gpus": group.bundle_specs[bundle].get("GPU", 0),
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-        "runtime_env": {"env_vars": {**environment, "OMP_NUM_THREADS": str(settings.threads)}},
-    }
 
 
 def run_watched(name: str, job: Callable[[], object], progressed: Callable[[], bool], seconds: float) -> None:

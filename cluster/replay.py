@@ -10,7 +10,7 @@ import numpy as np
 import ray
 
 from cluster.learner_ranks import start_learner_ranks
-from cluster.placement import engines_placed, ray_session
+from cluster.placement import placed, ray_session
 from cluster.progress import console, progress_bar
 from cluster.settings import Settings
 from cluster.tracking import Tracker
@@ -36,11 +36,11 @@ def run_replay(
     index, model = str(index_folder.resolve()), str(sft_checkpoint.resolve())
     with (
         ray_session(settings.cluster),
-        engines_placed(settings.cluster, engines=0, learner_ranks=settings.train.ranks) as group,
+        placed(settings.cluster, engines=0, learner_ranks=settings.train.ranks) as placement,
         progress_bar("replay", len(files)) as bar,
         (folder / "metrics.jsonl").open("w") as lines,
     ):
-        learner = start_learner_ranks(group, settings, index, model, first_bundle=0)
+        learner = start_learner_ranks(placement, settings, index, model)
         for file in files:
             groups = read_trained_groups(file)
             members = [(0, place) for place in range(len(groups.batch))]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
-from ray.util.placement_group import PlacementGroup
 
 from actors.rollout import RolloutActor, environment
-from cluster.placement import DeadlineExceeded, await_result, in_bundle
+from cluster.bundles import ENGINE
+from cluster.placement import DeadlineExceeded, Placement, await_result
 from cluster.progress import console
 from cluster.settings import Settings
 from learner.rollouts import RolloutPrompts
@@ -58,7 +58,7 @@ class _Engine:
 
 
 class RolloutEngines:
-    """`cluster.rollout_engines` engines in the first bundles of a placement group.
+    """`cluster.rollout_engines` engines in their places.
 
     An engine works on its calls in the order in which they were made, so weights that are sent while it generates are
     taken up after that generation: no response has tokens of two versions. An engine is lost when its process dies,
@@ -67,8 +67,8 @@ class RolloutEngines:
     `cluster.maximum_restarts` losses in a row RuntimeError names the engine and the last cause.
     """
 
-    def __init__(self, group: PlacementGroup, settings: Settings, index: str, model: str) -> None:
-        self.group, self.settings, self.cluster, self.index = group, settings, settings.cluster, index
+    def __init__(self, placement: Placement, settings: Settings, index: str, model: str) -> None:
+        self.placement, self.settings, self.cluster, self.index = placement, settings, settings.cluster, index
         self.model, self.model_version = model, 0
         self.chunks: list[ray.ObjectRef] = []
         self.restarts = 0
@@ -84,7 +84,7 @@ class RolloutEngines:
     def _start(self, number: int) -> Any:
         cluster = self.cluster
         variables = environment(cluster.model_runner, tensor_parallel=cluster.tensor_parallel)
-        place = in_bundle(self.group, number, cluster, variables)
+        place = self.placement.options(ENGINE, number, variables)
         return RolloutActor.options(**place).remote(
             self.model, self.index, weight_version=self.model_version, dtype=cluster.dtype,
             kv_cache_mib=cluster.kv_cache_mib, sequences=cluster.rollout_sequences, threads=cluster.threads,

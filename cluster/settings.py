@@ -40,7 +40,10 @@ class ClusterSettings(Section):
     learner_cpus: float = Field(1, gt=0, description="CPUs of the learner's placement-group bundle.")
     rollout_cpus: float = Field(1, gt=0, description="CPUs of each rollout engine's bundle.")
     gpus_per_engine: float = Field(
-        0, ge=0, description="GPUs of the learner's and of the rollout engine's bundle each."
+        0, ge=0, description="GPUs of each learner rank and of each device of a rollout engine; of a pair, colocated."
+    )
+    colocated: bool = Field(
+        False, description="Pairs of an engine and a learner rank share their GPUs, both resident; or each has its own."
     )
     threads: int = Field(2, ge=1, description="Compute threads of each actor; rollout and learning take turns.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the rollout engine.")
@@ -77,22 +80,38 @@ class ClusterSettings(Section):
     health_seconds: float = Field(
         30, gt=0, description="Between two health checks of an engine that works, and the deadline of each."
     )
+    wait_for_nodes_seconds: float = Field(
+        0, ge=0, description="How long an autoscaler may take to bring nodes that are missing; 0 fails at once."
+    )
     start_seconds: float = Field(300, gt=0, description="Deadline for an actor to start.")
     call_seconds: float = Field(1800, gt=0, description="Deadline for one call of an actor.")
 
     @model_validator(mode="after")
-    def _transfer_has_devices(self) -> ClusterSettings:
+    def _devices_fit(self) -> ClusterSettings:
         if self.weight_transfer != "object_store" and not self.gpus_per_engine:
             raise ValueError(
                 f"cluster.weight_transfer {self.weight_transfer} needs GPUs: set cluster.gpus_per_engine, or "
                 "leave it at object_store"
             )
+        if self.colocated and self.tensor_parallel > 1:
+            raise ValueError("cluster.colocated pairs an engine of one device with a rank: set tensor_parallel to 1")
+        if self.colocated and self.gpus_per_engine not in (0, 1):
+            raise ValueError("cluster.colocated shares one GPU between two processes: set gpus_per_engine to 1, or 0")
         return self
 
 
 class TrackingSettings(Section):
     uri: str | None = Field(None, description="MLflow tracking URI; null keeps SQLite in the run folder.")
     experiment: str = Field("gream", description="MLflow experiment.")
+
+
+class MachineSettings(Section):
+    nodes: int = Field(1, ge=1, description="Nodes.")
+    cpus: float = Field(2, gt=0, description="CPUs of each.")
+    memory_gib: float = Field(16, gt=0, description="Memory of each, GiB.")
+    gpus: int = Field(0, ge=0, description="GPUs of each.")
+    gpu: str = Field("H100-80GB", description="Which; `gream plan` names the known ones where this is another.")
+    gpu_memory_gib: float | None = Field(None, gt=0, description="Memory of such a GPU; null takes that of the name.")
 
 
 class Settings(Section):
@@ -108,6 +127,10 @@ class Settings(Section):
     train: TrainSettings = Field(default_factory=TrainSettings, description="The SRPO stage.")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="The evaluate stage.")
     cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="Ray, placement and engines.")
+    machine: MachineSettings = Field(
+        default_factory=MachineSettings,
+        description="What `gream plan` reckons with; runs look at the cluster.",
+    )
     tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="MLflow.")
 
     @model_validator(mode="after")

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from actors.learner import ENVIRONMENT
 from actors.supervised import METRICS_FILE, SupervisedPlan, supervised_rank
-from cluster.placement import ray_session, require_resources, run_watched
+from cluster.bundles import bundles_of
+from cluster.placement import ray_session, require_places, run_watched
 from cluster.progress import Bar, console, progress_bar
 from cluster.settings import Settings
 from cluster.tracking import Tracker
@@ -131,18 +132,20 @@ def _train(
 ) -> tuple[list[dict[str, float]], float]:
     """Run the worker group to the end; returns the metrics of every step, and tokens per second of those done here."""
     sft, cluster = settings.sft, settings.cluster
-    gpu = {"GPU": cluster.gpus_per_engine} if cluster.gpus_per_engine else {}
-    worker = {"CPU": cluster.learner_cpus, **gpu}
-    require_resources([worker] * sft.ranks)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)  # Ray Train's only way to say it
+    ranks = bundles_of(cluster, engines=0, learner_ranks=sft.ranks)
+    require_places(ranks, cluster)
+    worker = ranks[0].resources
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
+        cluster.wait_for_nodes_seconds + cluster.start_seconds
+    )  # Ray Train's only way to say it
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(cluster.threads)}
     trainer = TorchTrainer(
         supervised_rank,
         train_loop_config=asdict(plan),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(cluster.call_seconds)),
+        torch_config=TorchConfig(backend="nccl" if "GPU" in worker else "gloo", timeout_s=int(cluster.call_seconds)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=sft.ranks, use_gpu=bool(gpu), resources_per_worker=worker, placement_strategy="PACK"
+            num_workers=sft.ranks, use_gpu="GPU" in worker, resources_per_worker=worker, placement_strategy="PACK"
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # the checker sees the class of the former version
             name=name, storage_path=str(states.resolve()),

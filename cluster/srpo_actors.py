@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.learner_ranks import LearnerRanks, start_learner_ranks
-from cluster.placement import engines_placed
+from cluster.placement import placed
 from cluster.reward_pool import RewardPool
 from cluster.rollout_engines import EngineCall, RolloutEngines
 from cluster.settings import Settings
@@ -39,12 +39,11 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
     """Learner, rollout engines and reward workers on the checkpoint, placed and ready."""
     train, cluster = settings.train, settings.cluster
     index, model = str(index_folder.resolve()), str(checkpoint.resolve())
-    engines = cluster.rollout_engines
-    with engines_placed(cluster, engines=engines, learner_ranks=train.ranks) as group:
+    with placed(cluster, engines=cluster.rollout_engines, learner_ranks=train.ranks) as placement:
         rewards = RewardPool(settings, index, model)
-        rollout = RolloutEngines(group, settings, index, model)
+        rollout = RolloutEngines(placement, settings, index, model)
         try:
-            learner = start_learner_ranks(group, settings, index, model, first_bundle=engines)
+            learner = start_learner_ranks(placement, settings, index, model)
             rollout.wait_until_started()
             if cluster.weight_transfer != "object_store":
                 learner.open_weight_transfer(

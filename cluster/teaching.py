@@ -99,17 +99,18 @@ def _engine_asker(wanted: TeacherSettings, cluster: ClusterSettings) -> Asker:
     def ask(questions: Iterable[tuple[str, str]], count: int, cache: Path) -> AskingReport:
         from actors.rollout import ENVIRONMENT
         from actors.teacher import TeacherActor
-        from cluster.placement import await_result, engines_placed, in_bundle, ray_session
+        from cluster.bundles import ENGINE
+        from cluster.placement import await_result, placed, ray_session
 
         report = AskingReport()
         waiting = iter(questions)
         with (
             ray_session(cluster),
-            engines_placed(cluster) as group,
+            placed(cluster) as placement,
             AnswerWriter(cache) as writer,
             progress_bar("teacher", count) as bar,
         ):
-            actor = TeacherActor.options(**in_bundle(group, 0, cluster, ENVIRONMENT)).remote(
+            actor = TeacherActor.options(**placement.options(ENGINE, 0, ENVIRONMENT)).remote(
                 str(Path(wanted.checkpoint or "").resolve()), instruction=INSTRUCTION,
                 maximum_tokens=wanted.maximum_tokens, temperature=wanted.temperature,
                 context_tokens=wanted.context_tokens, dtype=wanted.dtype, kv_cache_mib=cluster.kv_cache_mib,

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from actors.rollout import prompt_seeds
-from cluster.placement import engines_placed
+from cluster.placement import placed
 from cluster.rollout_engines import RolloutEngines, prompt_order
 from cluster.settings import load_settings
 from learner.rollouts import RolloutBatch
@@ -28,8 +28,8 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def engines(tiny, ray_cluster):
     settings = load_settings(None, SETTINGS)
-    with engines_placed(settings.cluster, engines=2) as group:
-        made = RolloutEngines(group, settings, str(tiny.index_folder), str(tiny.checkpoint))
+    with placed(settings.cluster, engines=2) as placement:
+        made = RolloutEngines(placement, settings, str(tiny.index_folder), str(tiny.checkpoint))
         made.wait_until_started()
         yield made
 
