@@ -123,6 +123,7 @@ class RolloutEngine:
 
         if threads:
             torch.set_num_threads(threads)
+        share: dict[str, Any] = {} if current_platform.is_cpu() else {"gpu_memory_utilization": LEAST_GPU_SHARE}
         self.llm = LLM(
             model=model_folder,
             dtype=dtype,
@@ -133,7 +134,7 @@ class RolloutEngine:
             max_model_len=maximum_tokens,
             max_num_seqs=sequences,
             kv_cache_memory_bytes=kv_cache_mib * 2**20,
-            **({} if current_platform.is_cpu() else {"gpu_memory_utilization": LEAST_GPU_SHARE}),
+            **share,
             enforce_eager=True,
             enable_prefix_caching=True,
             block_size=CPU_BLOCK_TOKENS if current_platform.is_cpu() else None,

@@ -101,10 +101,12 @@ class ModelShape:
         return norms + heads + attention + 4 * self.intermediate * width
 
     def activation_bytes(self, tokens: int, width: int, *, checkpointing: bool) -> int:
-        """What autograd keeps of a forward pass over some packed tokens, the output head's part not included."""
+        """What autograd keeps of a forward pass over some packed tokens, all of them predicted, less what the head's
+        own chunks are."""
+        last = self.hidden * (4 + 2 * width)  # the last norm, and the states that the head reads
         if checkpointing:  # a layer's input each, and one layer that is computed again
-            return tokens * (self.layers * self.hidden * width + self.layer_bytes(width))
-        return tokens * self.layers * self.layer_bytes(width)
+            return tokens * (last + self.layers * self.hidden * width + self.layer_bytes(width))
+        return tokens * (last + self.layers * self.layer_bytes(width))
 
     def cache_bytes(self, width: int) -> int:
         """Keys and values of one token."""
