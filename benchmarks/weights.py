@@ -65,7 +65,7 @@ def measure(folder: Path, name: str, repeats: int) -> dict[str, list[float]]:
             "gradient_clip": 1.0, "zero_stage": 2,
         },
     )  # fmt: skip
-    actor: Any = ray.remote(ReceivingEngine)
+    actor: Any = ray.remote(concurrency_groups={"health": 1})(ReceivingEngine)  # type: ignore[call-overload]
     engine = actor.options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT}).remote(
         model, str(folder / "index"), maximum_tokens=256, kv_cache_mib=64, threads=1
     )
