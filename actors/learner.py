@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from item_index.constraint import AnswerConstraint
+from item_index.input_error import InputError
 from item_index.ragged import RaggedArray
 from item_index.semantic_ids import SemanticIdIndex
 from learner.engine import LearnerEngine, initialize_process_group
@@ -19,12 +23,15 @@ from learner.low_rank import LowRankSettings, add_low_rank_weights
 from learner.objective import ObjectiveSettings
 from learner.packed_attention import PACKED
 from learner.policy import Policy, load_language_model
-from learner.rollout_files import TrainedGroups, write_trained_groups
+from learner.rollout_files import TrainedGroups, read_batch, write_batch, write_trained_groups
 from learner.rollouts import RolloutBatch
 from learner.srpo import GroupPolicyLearner
+from learner.state_storage import fetch_files, put_files
+from learner.training_state import check_training_state, manifest_name, restore_training_state, save_training_state
 from learner.weight_chunks import WeightChunk
 from learner.weight_probe import LearnerSums, WeightProbe
 
+KEPT_GROUPS = "kept-groups.parquet"  # of a training state
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -142,6 +149,58 @@ class LearnerRank:
     def probe_weights(self, tokens: np.ndarray) -> WeightProbe[LearnerSums]:
         """Sums over the weights of the current version, and what they make of some tokens; every rank is called."""
         return WeightProbe(self.version, self.engine.token_log_probabilities(tokens), self.engine.weight_sums())
+
+    def health(self) -> tuple[str, int]:
+        """Node and process id."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def save_state(self, location: str, kept: Sequence[tuple[int, int]] = (), *batches: RolloutBatch) -> str:
+        """Write this rank's part of the training state under a location (see `learner.state_storage`); every rank is
+        called.
+
+        Rank 0 adds the groups `kept`, (batch, place in it) each, for a later step. Returns the name of the manifest.
+        """
+        assert self.group_policy is not None, "call prepare_srpo first"
+        progress = {
+            "version": self.version, "skipped_in_a_row": self.engine.skipped_in_a_row,
+            "order": self.group_policy.generator.bit_generator.state,
+        }  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            if kept and self.engine.rank == 0:
+                parts = [batches[number].select(np.array([place])) for number, place in kept]
+                write_batch(Path(folder) / KEPT_GROUPS, RolloutBatch.concatenate(parts))
+            save_training_state(self.engine, folder, progress)
+            put_files(folder, location)
+        return manifest_name(self.engine.rank)
+
+    def fetch_state(self, location: str) -> None:
+        """Bring a state to this node and check every file of it; every rank is called, before `load_state` of any.
+
+        Raises InputError that names the file, see `learner.training_state`.
+        """
+        self.fetched = tempfile.TemporaryDirectory()
+        fetch_files(location, self.fetched.name)
+        try:
+            self.progress = check_training_state(Path(self.fetched.name), ranks=self.engine.ranks)
+        except InputError as error:
+            error.file = (error.file or "").replace(self.fetched.name, location)
+            raise
+
+    def load_state(self) -> int:
+        """Go on from the state that was fetched; every rank is called. Returns the version of the weights."""
+        assert self.group_policy is not None, "call prepare_srpo first"
+        restore_training_state(self.engine, self.fetched.name)
+        kept = Path(self.fetched.name) / KEPT_GROUPS
+        self.kept = read_batch(kept) if kept.is_file() else None
+        self.fetched.cleanup()
+        self.version, self.engine.skipped_in_a_row = self.progress["version"], self.progress["skipped_in_a_row"]
+        self.group_policy.generator.bit_generator.state = self.progress["order"]
+        return self.version
+
+    def kept_groups(self) -> RolloutBatch | None:
+        """The groups that were kept with the state, once; None where there are none. Rank 0 is called."""
+        kept, self.kept = self.kept, None
+        return kept
 
     def save(self, folder: str) -> str:
         """Write a checkpoint that transformers and vLLM load as it is; every rank is called, and rank 0 writes."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import typer
 
 from cluster.progress import console
 from cluster.settings import load_settings
+from cluster.stopping import StopRequested, stopping_by_signals
 from item_index.input_error import InputError
 
 app = typer.Typer(
@@ -126,7 +129,8 @@ def train(
         return
     from cluster.pipeline import replay_rollouts
 
-    replay_rollouts(load_settings(config, overrides or ()), replay)
+    with _ending_by_signals():
+        replay_rollouts(load_settings(config, overrides or ()), replay)
 
 
 _stage_command("evaluate", "Evaluate both modes beside the baselines.")
@@ -162,11 +166,23 @@ def _run(
     from cluster.pipeline import run_stages
     from cluster.tracking import tracking_uri
 
-    run_stages(settings, names, update_index=update_index)
+    with _ending_by_signals():
+        run_stages(settings, names, update_index=update_index)
     uri = tracking_uri(settings)
     if settings.tracking.uri is None:
         uri = f"sqlite:///{settings.run_folder}/mlflow.db"
     console.print(f"Open the metrics with: mlflow ui --backend-store-uri {uri}", highlight=False)
+
+
+@contextmanager
+def _ending_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process with the exit status that shells expect, after what is open was closed."""
+    try:
+        with stopping_by_signals():
+            yield
+    except StopRequested as stop:
+        print(f"gream: {stop}", file=sys.stderr)
+        raise SystemExit(128 + stop.number) from None
 
 
 def main() -> None:

@@ -216,6 +216,10 @@ class TrainSettings(Section):
     weight_gap: float = Field(
         0.1, gt=0, description="Difference of their log-probabilities above which the stage ends with an error."
     )
+    checkpoint_steps: int = Field(
+        10, ge=1, description="Steps between two states from which an interrupted stage goes on."
+    )
+    kept_states: int = Field(2, ge=1, description="Latest states that are kept while the stage runs.")
     dump_rollouts: bool = Field(
         False, description="Write the groups that a step trains on into rollouts/, to show them or to train on again."
     )

@@ -74,11 +74,14 @@ def sft_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, A
 
 
 def train_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
-    from cluster.train import run_train
+    from cluster.train_stage import run_train
 
     corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
     checkpoint = _checkpoint_with_tokens(settings.folder / "sft" / "checkpoint", corpus.index)
-    return run_train(settings, corpus, settings.folder / "index", checkpoint, folder, tracker)
+    return run_train(
+        settings, corpus, settings.folder / "index", checkpoint, folder, tracker,
+        name=fingerprint(settings, "train")[:16],
+    )  # fmt: skip
 
 
 def evaluate_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:

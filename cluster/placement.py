@@ -18,12 +18,32 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.bundles import Bundle, bundles_of, what_is_missing
 from cluster.progress import console
 from cluster.settings import ClusterSettings
+from cluster.stopping import stopping_by_signals
 
 POLL_SECONDS = 0.2
 
 
 class DeadlineExceeded(TimeoutError):
     """An actor did not answer in time."""
+
+
+class WorkLost(RuntimeError):
+    """What a step needs was lost with a process or a node; the run can go back to its latest state."""
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of Ray says that a process, a node or an object in its memory is gone."""
+    cause = getattr(error, "cause", None) or error
+    return isinstance(
+        cause, ray.exceptions.RayActorError | ray.exceptions.ObjectLostError | ray.exceptions.NodeDiedError
+    )
+
+
+def lost_what(error: BaseException) -> str:
+    """The first line of such an error that says something: Ray's begin with the address of an actor or an object."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else ''}"
 
 
 @contextmanager
@@ -39,7 +59,8 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
         cpus = max(settings.learner_cpus + settings.rollout_engines * settings.rollout_cpus, os.cpu_count() or 1)
         ray.init(num_cpus=int(cpus), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        yield
+        with stopping_by_signals():  # Ray has put a handler of its own in the place of ours
+            yield
     finally:
         ray.shutdown()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,36 @@ from evaluation.metrics import paired_bootstrap
 from item_index.constraint import MODES
 
 PROBE_RESPONSES = 4
-Scores = dict[str, ScoredResponses]  # by mode
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """What is kept of a probe in one mode: arrays [R], group after group, as in `ScoredResponses`."""
+
+    rewards: np.ndarray
+    hits: np.ndarray
+    valid: np.ndarray
+    well_formed: np.ndarray
+
+    def state(self) -> dict[str, list]:
+        """As JSON."""
+        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+
+    @staticmethod
+    def of(state: dict[str, list]) -> ProbeScores:
+        """What `state` gave."""
+        flags = {name: np.array(state[name], bool) for name in ("hits", "valid", "well_formed")}
+        return ProbeScores(rewards=np.array(state["rewards"], np.float32), **flags)
+
+
+Scores = dict[str, ProbeScores]  # by mode
 
 
 def probe(settings: Settings, source: PromptSource, actors: SrpoActors) -> Scores:
     """Scores of the same validation prompts with the same seeds, in each mode that is trained."""
     positions = np.random.default_rng([settings.seed, 5]).permutation(source.evaluation_positions("validation"))
     positions = positions[: settings.train.probe_prompts]
-    scores: dict[str, ScoredResponses] = {}
+    scores: Scores = {}
     for mode in MODES:
         share = settings.train.reasoning_share if mode == "reasoning" else 1 - settings.train.reasoning_share
         if not len(positions) or share == 0:
@@ -35,7 +58,8 @@ def probe(settings: Settings, source: PromptSource, actors: SrpoActors) -> Score
             prompts, responses=PROBE_RESPONSES, seeds=prompt_seeds(settings.seed, 0, len(prompts)),
             temperature=settings.train.temperature,
         )  # fmt: skip
-        scores[mode] = scored_in_order(actors.engines, actors.rewards, calls, responses=PROBE_RESPONSES)
+        scored = scored_in_order(actors.engines, actors.rewards, calls, responses=PROBE_RESPONSES)
+        scores[mode] = ProbeScores(scored.rewards, scored.hits, scored.valid, scored.well_formed)
     return scores
 
 

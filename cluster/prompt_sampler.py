@@ -51,11 +51,11 @@ class PromptSampler:
         self.misses[mode][row] = 0 if varied else self.misses[mode][row] + 1
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on with the same draws."""
+        """All that is needed to go on with the same draws, as JSON."""
         return {
             mode: {
-                "generator": self.generators[mode].bit_generator.state, "pass": self.passes[mode].copy(),
-                "drawn": self.drawn[mode], "misses": self.misses[mode].copy(),
+                "generator": self.generators[mode].bit_generator.state, "pass": self.passes[mode].tolist(),
+                "drawn": self.drawn[mode], "misses": self.misses[mode].tolist(),
             }
             for mode in MODES
         }  # fmt: skip
@@ -64,8 +64,8 @@ class PromptSampler:
         """Go on where a sampler over the same positions was when it gave its `state`."""
         for mode in MODES:
             self.generators[mode].bit_generator.state = state[mode]["generator"]
-            self.passes[mode], self.drawn[mode] = state[mode]["pass"].copy(), state[mode]["drawn"]
-            self.misses[mode] = state[mode]["misses"].copy()
+            self.passes[mode], self.drawn[mode] = np.array(state[mode]["pass"], np.int64), state[mode]["drawn"]
+            self.misses[mode] = np.array(state[mode]["misses"], np.int64)
 
     def _new_pass(self, mode: Mode) -> np.ndarray:
         generator = self.generators[mode]

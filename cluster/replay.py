@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from cluster.learner_ranks import start_learner_ranks
+from cluster.learner_ranks import LearnerRanks
 from cluster.placement import placed, ray_session
 from cluster.progress import console, progress_bar
 from cluster.settings import Settings
@@ -40,7 +40,7 @@ def run_replay(
         progress_bar("replay", len(files)) as bar,
         (folder / "metrics.jsonl").open("w") as lines,
     ):
-        learner = start_learner_ranks(placement, settings, index, model)
+        learner = LearnerRanks(placement, settings, index, model)
         for file in files:
             groups = read_trained_groups(file)
             members = [(0, place) for place in range(len(groups.batch))]

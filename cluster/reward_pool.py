@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors.reward import RewardActor, RewardFailure, ScoredResponses
-from cluster.placement import await_result
+from cluster.placement import WorkLost, await_result, lost, lost_what
 from cluster.progress import console
 from cluster.settings import Settings
 from rewards.composition import load_reward_term
@@ -98,8 +98,12 @@ class RewardPool:
                         raise TimeoutError("did not answer in time")
                     done[one.batch].append((one.groups, ray.get(call, timeout=self.cluster.call_seconds)))
                     worker.failures = 0
-                except RayTaskError:
+                except RayTaskError as error:
+                    if lost(error):
+                        raise WorkLost(f"the rollouts for {worker.name}: {lost_what(error)}") from error
                     raise  # an error of ours, such as a response outside the constraint
+                except ObjectLostError as error:
+                    raise WorkLost(f"the rollouts for {worker.name}: {lost_what(error)}") from error
                 except (RayError, TimeoutError) as error:
                     cause = str(error) if isinstance(error, TimeoutError) else "died"
                     self._replace(worker, cause)

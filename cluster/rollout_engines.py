@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from actors.rollout import RolloutActor, environment
 from cluster.bundles import ENGINE
-from cluster.placement import DeadlineExceeded, Placement, await_result
+from cluster.placement import DeadlineExceeded, Placement, WorkLost, await_result, lost, lost_what
 from cluster.progress import console
 from cluster.settings import Settings
 from learner.rollouts import RolloutPrompts
@@ -146,6 +146,11 @@ class RolloutEngines:
 
         return self._to_all(lambda: EngineCall("the weight check", submit))
 
+    def forget(self) -> None:
+        """Leave the answers of all calls so far alone. Engines still work them off, one after the other."""
+        for engine in self.engines:
+            engine.queue.clear()
+
     def wait(self, calls: Sequence[EngineCall]) -> None:
         """Until all these calls, and those made before them, are done; lost engines are started anew meanwhile.
 
@@ -181,6 +186,8 @@ class RolloutEngines:
         try:
             call.result = ray.get(reference, timeout=self.cluster.call_seconds)
         except RayTaskError as error:
+            if lost(error):  # what the call was given, not the engine
+                raise WorkLost(f"{engine.name}, {call.what}: {lost_what(error)}") from error
             if not call.brings_weights:
                 raise RuntimeError(f"{engine.name}, {call.what}: {error.cause}") from error
             return self._restart(engine, f"{call.what} failed: {error.cause}")
@@ -240,4 +247,9 @@ class RolloutEngines:
         if not self.chunks:
             return self.model_version
         update = actor.update_weights.remote(self.chunks, seconds=cluster.call_seconds)
-        return await_result(update, f"the weight transfer to {engine.name}", cluster.call_seconds)
+        try:
+            return await_result(update, f"the weight transfer to {engine.name}", cluster.call_seconds)
+        except ray.exceptions.RayTaskError as error:
+            if lost(error):  # the learner's node is gone, and the weights with it
+                raise WorkLost(f"the weights for {engine.name}: {lost_what(error)}") from error
+            raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -18,7 +19,7 @@ from cluster.reward_pool import RewardPool
 from cluster.rollout_engines import EngineCall, RolloutEngines
 from cluster.settings import Settings
 from cluster.timers import Timers
-from item_index.constraint import MODES
+from item_index.constraint import MODES, Mode
 from learner.advantages import groups_with_variance
 from learner.rollouts import RolloutPrompts
 
@@ -41,10 +42,11 @@ class ScoredGroup:
 
 @dataclass(frozen=True)
 class Round:
-    """Prompts that were given to the engines together."""
+    """Prompts that were given to the engines together; `first` counts those of the run before them."""
 
     prompts: RolloutPrompts
     positions: np.ndarray
+    first: int
     calls: list[EngineCall]
 
 
@@ -149,6 +151,54 @@ class RolloutScheduler:
             if max(missing.values()) > 0:
                 self._begin_round(missing)
 
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on with the same prompts, as JSON; beside it come the groups of `surplus`."""
+        return {
+            "sampler": self.sampler.state(),
+            "generated": [self.generated[mode] for mode in self.quota],
+            "accepted": [self.accepted[mode] for mode in self.quota],
+            "prompts_made": self.prompts_made,
+            "rounds": [
+                {
+                    "positions": one.positions.tolist(), "first": one.first,
+                    "modes": [MODES[int(reasoning)] for reasoning in one.prompts.reasoning],
+                }
+                for one in self.rounds
+            ],
+            "surplus": [
+                {
+                    "reasoning": group.reasoning, "weight_version": group.weight_version,
+                    "rewards": group.rewards.tolist(), "hits": group.hits.tolist(),
+                }
+                for group in self.surplus
+            ],
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any], surplus: ray.ObjectRef | None) -> None:
+        """Go on where a scheduler of the same settings was when it gave its `state`.
+
+        What the engines had been given is given to them again, with the same seeds and the weights that they have now.
+
+        Args:
+            surplus: batch of the groups that were kept, in their order; None where there were none.
+        """
+        self.sampler.restore(state["sampler"])
+        for counts, name in ((self.generated, "generated"), (self.accepted, "accepted")):
+            counts.update(zip(self.quota, state[name], strict=True))
+        self.prompts_made = state["prompts_made"]
+        assert surplus is not None or not state["surplus"], "the groups that were kept are missing"
+        self.surplus = [
+            ScoredGroup(
+                surplus, place, group["reasoning"], group["weight_version"],
+                np.array(group["rewards"], np.float32), np.array(group["hits"], bool),
+            )
+            for place, group in enumerate(state["surplus"])
+            if surplus is not None
+        ]  # fmt: skip
+        self.rounds.clear()
+        for one in state["rounds"]:
+            self._give(np.array(one["positions"], np.int64), one["modes"], one["first"])
+
     def _supply(self, mode: bool) -> float:
         """Groups with variance that are there or can be expected of what the engines were given."""
         under_way = sum(int((one.prompts.reasoning == mode).sum()) for one in self.rounds)
@@ -162,15 +212,18 @@ class RolloutScheduler:
 
     def _begin_round(self, missing: dict[bool, int]) -> None:
         """Give the engines so many prompts that `missing` groups of each mode can be expected."""
-        train = self.settings.train
         counts = {mode: math.ceil(n / self._acceptance(mode)) for mode, n in missing.items() if n > 0}
         positions = np.concatenate([self.sampler.draw(count, MODES[int(mode)]) for mode, count in counts.items()])
         modes = [MODES[int(mode)] for mode, count in counts.items() for _ in range(count)]
-        prompts = self.source.prompts(positions, modes)
-        seeds = prompt_seeds(self.settings.seed, TRAINING, len(prompts), self.prompts_made)
-        self.prompts_made += len(prompts)
+        self._give(positions, modes, self.prompts_made)
+        self.prompts_made += len(positions)
+
+    def _give(self, positions: np.ndarray, modes: list[Mode], first: int) -> None:
+        """Let the engines begin with a round of prompts."""
+        train, prompts = self.settings.train, self.source.prompts(positions, modes)
+        seeds = prompt_seeds(self.settings.seed, TRAINING, len(prompts), first)
         calls = self.engines.generate(prompts, responses=train.responses, seeds=seeds, temperature=train.temperature)
-        self.rounds.append(Round(prompts, positions, calls))
+        self.rounds.append(Round(prompts, positions, first, calls))
 
     def _finish_round(
         self, one: Round, scored: list[tuple[np.ndarray, ScoredResponses]], summaries: list[GenerationSummary]

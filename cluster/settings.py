@@ -75,7 +75,7 @@ class ClusterSettings(Section):
     index_worker_cpus: float = Field(1, gt=0, description="CPUs of each of them.")
     index_worker_gpus: float = Field(0, ge=0, description="GPUs of each actor that embeds.")
     maximum_restarts: int = Field(
-        3, ge=0, description="Times in a row that a rollout engine or a reward worker may be started anew."
+        3, ge=0, description="Times in a row that an engine, a reward worker or the learner may be started anew."
     )
     health_seconds: float = Field(
         30, gt=0, description="Between two health checks of an engine that works, and the deadline of each."
@@ -85,6 +85,12 @@ class ClusterSettings(Section):
     )
     start_seconds: float = Field(300, gt=0, description="Deadline for an actor to start.")
     call_seconds: float = Field(1800, gt=0, description="Deadline for one call of an actor.")
+    stop_seconds: float = Field(
+        60, gt=0, description="What the step may take that SIGTERM or Ctrl-C lets the train stage finish."
+    )
+    state_storage: str | None = Field(
+        None, description="Folder or URI (s3://, gs://, ...) of the train stage's states; null is the run folder."
+    )
 
     @model_validator(mode="after")
     def _devices_fit(self) -> ClusterSettings:

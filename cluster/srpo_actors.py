@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.learner_ranks import LearnerRanks, start_learner_ranks
+from cluster.learner_ranks import LearnerRanks
 from cluster.placement import placed
 from cluster.reward_pool import RewardPool
 from cluster.rollout_engines import EngineCall, RolloutEngines
@@ -43,7 +43,7 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
         rewards = RewardPool(settings, index, model)
         rollout = RolloutEngines(placement, settings, index, model)
         try:
-            learner = start_learner_ranks(placement, settings, index, model)
+            learner = LearnerRanks(placement, settings, index, model)
             rollout.wait_until_started()
             if cluster.weight_transfer != "object_store":
                 learner.open_weight_transfer(

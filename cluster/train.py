@@ -1,29 +1,22 @@
-"""The SRPO stage (section 3): one flat loop of rollouts, rewards, advantages, update and weight transfer."""
+"""The SRPO loop (section 3): one flat step of rollouts, rewards, advantages, update and weight transfer."""
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from actors.reward import ScoredResponses
-from cluster.alarms import Alarm, Alarms
-from cluster.placement import ray_session
-from cluster.probe import compare_probes, mean_rewards, probe
-from cluster.progress import console, progress_bar
+from cluster.progress import console
 from cluster.prompts import PromptSource
 from cluster.rollout_scheduler import RolloutScheduler, alike_groups, has_variance
 from cluster.settings import Settings
-from cluster.srpo_actors import SrpoActors, srpo_actors
+from cluster.srpo_actors import SrpoActors
 from cluster.timers import Timers
-from cluster.tracking import Tracker
-from cluster.validation import BestCheckpoint
 from cluster.weight_check import WeightCheck
-from curriculum.corpus import Corpus
 from item_index.constraint import MODES
 from item_index.ragged import RaggedArray
 from learner.advantages import group_advantages
@@ -31,51 +24,6 @@ from rewards.chains import chain_metrics
 
 FAILURES_SHOWN = 3
 Scored = list[tuple[np.ndarray, ScoredResponses]]  # mode flags of groups, and their scores
-
-
-def run_train(
-    settings: Settings, corpus: Corpus, index_folder: Path, sft_checkpoint: Path, folder: Path, tracker: Tracker
-):
-    """Post-train the supervised checkpoint; the result is `folder/checkpoint`, the probes are `folder/probe.json`.
-
-    An alarm whose action is `stop` ends the stage with RuntimeError; the policy of that moment is `folder/stopped`.
-    """
-    train = settings.train
-    for outdated in (settings.folder / "rollouts").glob("step-*.parquet"):
-        outdated.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    source = PromptSource(corpus, reasoning_budget=train.reasoning_budget, exclude_seen=train.exclude_seen)
-    with ray_session(settings.cluster), srpo_actors(settings, index_folder, sft_checkpoint) as actors:
-        before = after = probe(settings, source, actors)
-        loop, alarms, best = SrpoLoop(settings, source, actors), Alarms(train.alarms), BestCheckpoint(folder)
-        with progress_bar("train", train.steps) as bar:
-            for step in range(1, train.steps + 1):
-                metrics = loop.step(step)
-                tracker.metrics({f"train/{name}": value for name, value in metrics.items()}, step)
-                bar.advance(reward=metrics["reward"], direct=metrics.get("direct/reward", math.nan),
-                            reasoning=metrics.get("reasoning/reward", math.nan))  # fmt: skip
-                for alarm in alarms.check(step, metrics):
-                    sound(alarm, actors, folder)
-                if step == train.steps or (train.validation_steps and step % train.validation_steps == 0):
-                    after = probe(settings, source, actors)
-                    means = mean_rewards(after)
-                    tracker.metrics({f"validation/{mode}/reward": mean for mode, mean in means.items()}, step)
-                    if train.validation_steps:
-                        best.offer(step, means, actors.learner.save)
-        loop.settle()
-        actors.learner.save(folder / "checkpoint")
-    if train.result == "best":
-        best.use_as(folder / "checkpoint")
-    report = compare_probes(before, after, seed=settings.seed)
-    (folder / "probe.json").write_text(json.dumps(report, indent=2))
-    for mode, values in report.items():
-        console.print(
-            f"train: mean reward on {values['prompts']} validation prompts, {mode}: {values['before']:.4f} -> "
-            f"{values['after']:.4f} (difference {values['difference']:+.4f}, 95 % interval "
-            f"{values['low']:+.4f} .. {values['high']:+.4f})"
-        )
-        tracker.metrics({f"probe/{mode}/{name}": value for name, value in values.items()}, train.steps)
-    return report
 
 
 class SrpoLoop:
@@ -87,8 +35,20 @@ class SrpoLoop:
         self.scheduler = RolloutScheduler(settings, source, actors.engines, actors.rewards, self.timers)
         self.dumps = (settings.folder / "rollouts").resolve()
         self.version = 0
+        self.ever_compared = False
         self.weight_check: WeightCheck | None = None
         self.compared = {"weight_gap": 0.0, "weights_compared": 0.0}
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on after the latest step, as JSON, beside the learner's own state and the groups of
+        `scheduler.surplus`."""
+        return {"version": self.version, "scheduler": self.scheduler.state()}
+
+    def restore(self, state: dict[str, Any], surplus: ray.ObjectRef | None) -> None:
+        """Go on where a loop was when it gave its `state`; engines and learner have its weights already."""
+        self.version = state["version"]
+        self.ever_compared, self.weight_check = False, None
+        self.scheduler.restore(state["scheduler"], surplus)
 
     def step(self, step: int) -> dict[str, float]:
         """One step; returns its metrics, seconds by phase among them."""
@@ -132,17 +92,19 @@ class SrpoLoop:
             "weight_version": float(self.version),
             **self.compared,
             "engine_restarts": float(actors.engines.restarts),
+            "learner_restarts": float(actors.learner.restarts),
             **{f"seconds/{phase}": seconds for phase, seconds in timers.read().items()},
             "seconds/step": total,
             "responses_per_second": responses / total,
         }
 
     def check_weights(self, step: int) -> None:
-        """After the first step and every `train.weight_check_steps`: compare sums over all weights, and what learner
-        and engines make of a prompt and its true answer. Engines that work ahead are compared when they have answered.
-        """
+        """After the first step of this process and every `train.weight_check_steps`: compare sums over all weights,
+        and what learner and engines make of a prompt and its true answer. Engines that work ahead are compared when
+        they have answered."""
         train, engines = self.settings.train, self.actors.engines
-        if self.weight_check is None and (step == 1 or step % train.weight_check_steps == 0):
+        if self.weight_check is None and (not self.ever_compared or step % train.weight_check_steps == 0):
+            self.ever_compared = True
             prompt = self.source.prompts(self.scheduler.sampler.positions[:1], ["direct"])
             tokens = np.array([*prompt.tokens[0], *self.source.corpus.builder.item_tokens[int(prompt.targets[0])]])
             calls = engines.probe_weights(tokens)
@@ -157,14 +119,6 @@ class SrpoLoop:
         if self.weight_check is not None:
             self.actors.engines.wait(self.weight_check.calls)
             self.weight_check.compare(self.settings.train.weight_gap)
-
-
-def sound(alarm: Alarm, actors: SrpoActors, folder: Path) -> None:
-    """Print an alarm; raise RuntimeError where it is to stop the stage, after the policy was saved."""
-    console.print(f"alarm: {alarm.message}", style="red", highlight=False)
-    if alarm.action == "stop":
-        actors.learner.save(folder / "stopped")
-        raise RuntimeError(f"{alarm.message} The policy of step {alarm.step} is in {folder / 'stopped'}.")
 
 
 def show_failures(scored: Scored) -> None:

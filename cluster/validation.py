@@ -11,14 +11,18 @@ from pathlib import Path
 class BestCheckpoint:
     """Keeps `folder/best`, the checkpoint, and `folder/best.json`: its step and its mean rewards by mode.
 
-    What an earlier run of the stage left there is taken away.
+    Attributes:
+        value: mean over the modes of the policy that is kept; None where none is.
     """
 
     def __init__(self, folder: Path) -> None:
         self.checkpoint, self.record = folder / "best", folder / "best.json"
+        self.value: float | None = None
+
+    def clear(self) -> None:
+        """Take away what an earlier run of the stage left there."""
         self.record.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoint, ignore_errors=True)
-        self.value: float | None = None
 
     def offer(self, step: int, means: Mapping[str, float], save: Callable[[Path], None]) -> bool:
         """Save the policy where the mean over the modes is better than any before; says whether it was."""

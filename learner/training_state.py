@@ -39,9 +39,14 @@ def save_training_state(engine: LearnerEngine, folder: str | Path, progress: dic
         "progress": progress,
         "sha256": {name: _sha256(target / name) for name in sorted(_files(target))},
     }
-    unfinished = target / f"manifest-{engine.rank}.json.unfinished"
+    unfinished = target / f"{manifest_name(engine.rank)}.unfinished"
     unfinished.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    unfinished.replace(target / f"manifest-{engine.rank}.json")
+    unfinished.replace(target / manifest_name(engine.rank))
+
+
+def manifest_name(rank: int) -> str:
+    """File of a state that says what a rank wrote into it."""
+    return f"manifest-{rank}.json"
 
 
 def load_training_state(engine: LearnerEngine, folder: str | Path) -> dict[str, Any]:
@@ -52,12 +57,18 @@ def load_training_state(engine: LearnerEngine, folder: str | Path) -> dict[str, 
     """
     source = Path(folder)
     progress = check_training_state(source, ranks=engine.ranks)
+    restore_training_state(engine, source)
+    return progress
+
+
+def restore_training_state(engine: LearnerEngine, folder: str | Path) -> None:
+    """`load_training_state` of a folder that was checked already. Every rank calls this."""
+    source = Path(folder)
     engine.load_state(source)
     random = safetensors.torch.load_file(source / f"random-{engine.rank}.safetensors")
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and engine.device.type == "cuda":
         torch.cuda.set_rng_state(random["cuda"], engine.device)
-    return progress
 
 
 def check_training_state(folder: Path, *, ranks: int) -> dict[str, Any]:
@@ -65,7 +76,7 @@ def check_training_state(folder: Path, *, ranks: int) -> dict[str, Any]:
     hashes: dict[str, str] = {}
     progress: dict[str, Any] = {}
     for rank in range(ranks):
-        file = folder / f"manifest-{rank}.json"
+        file = folder / manifest_name(rank)
         if not file.is_file():
             raise InputError("the manifest of this rank is missing", file=file, remedy=_REMEDY)
         try:

@@ -3,68 +3,33 @@
 import copy
 import os
 import signal
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ray
 import torch
 from tiny import policy_of
+from tiny_loop import tiny_loop, weights
 
 from actors.rollout import prompt_seeds
-from cluster.settings import load_settings
-from cluster.srpo_actors import srpo_actors
-from cluster.train import SrpoLoop
 from item_index.ragged import RaggedArray
 from learner.advantages import group_advantages
 from learner.rollout_files import read_trained_groups
 from learner.rollouts import allowed_in
 from learner.srpo import response_log_probabilities
-from learner.weight_chunks import tensors_of
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 STEPS = 4
 
 
-class TinyPrompts:
-    """What the loop asks of a `PromptSource`, on the tiny catalogue."""
-
-    def __init__(self, tiny):
-        self.tiny = tiny
-        self.corpus = SimpleNamespace(builder=tiny.builder)
-
-    def reinforcement_positions(self, minimum_history):
-        return np.arange(300)
-
-    def prompts(self, positions, modes):
-        return self.tiny.prompts(modes, rows=positions.tolist())
-
-
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory, ray_cluster):
-    """Makes settings; and starts actors and loop on the tiny checkpoint."""
-    overrides = [
-        f"train.steps={STEPS}", "train.prompts_per_step=6", "train.mini_batch_prompts=3", "train.responses=6",
-        "train.learning_rate=1.0e-3", "train.warm_up_steps=0", "train.reasoning_share=0.34",
-        "train.rewards=[{reward: 'reward_functions:partly_alike'}]", "train.weight_check_steps=1",
-        "cluster.kv_cache_mib=32", "cluster.rollout_sequences=32", "cluster.threads=1",
-    ]  # fmt: skip
+    """Starts actors and loop on the tiny checkpoint."""
 
-    @contextmanager
     def started(*more):
-        settings = load_settings(None, [*overrides, *more, f"run_folder={tmp_path_factory.mktemp('loop')}"])
-        source = TinyPrompts(tiny)
-        with srpo_actors(settings, tiny.index_folder, tiny.checkpoint) as actors:
-            yield SrpoLoop(settings, source, actors), actors, source
+        return tiny_loop(tiny, tmp_path_factory.mktemp("loop"), f"train.steps={STEPS}", *more)
 
     return started
-
-
-def weights(actors):
-    """The learner's weights, by name."""
-    chunks = ray.get(actors.learner.weight_chunks(2**20), timeout=60)
-    return {name: tensor.clone() for name, tensor in tensors_of(chunks)}
 
 
 def assert_equal(some, others):

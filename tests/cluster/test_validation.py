@@ -38,6 +38,6 @@ def test_saving_that_fails_leaves_the_best_so_far_and_a_new_stage_begins_without
         best.offer(2, {"direct": 0.2}, full_disk)
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 1
     assert (tmp_path / "best").is_dir()
-    BestCheckpoint(tmp_path)
+    best.clear()
     assert not (tmp_path / "best").exists()
     assert not (tmp_path / "best.json").exists()
