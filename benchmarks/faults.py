@@ -98,8 +98,12 @@ def inject(kind: str, nodes: LocalNodes, generator: np.random.Generator) -> None
         nodes.lose(int(generator.integers(1, len(nodes.nodes))))
         nodes.add(1)
         return
-    (process, *_) = actor_processes(ACTORS[kind])
-    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + DEADLINE
+    while not (processes := actor_processes(ACTORS[kind])):  # it may be about to start after the fault before
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"there is no {kind}")
+        time.sleep(0.1)
+    os.kill(processes[0].pid, signal.SIGKILL)
 
 
 def prepared(folder: Path, steps: int) -> tuple[Path, list[str]]:

@@ -190,7 +190,7 @@ def replay_rollouts(settings: Settings, path: Path) -> None:
     files = rollout_files(path)
     _require_current(settings, ("sft",))
     checkpoint = settings.folder / "sft" / "checkpoint"
-    with tracked(settings, "replay") as tracker:
+    with tracked(settings, "replay", fingerprint="") as tracker:
         run_replay(settings, settings.folder / "index", checkpoint, files, settings.folder / "replay", tracker)
 
 
@@ -217,7 +217,7 @@ def run_stages(settings: Settings, names: list[str], *, update_index: bool = Fal
         else:
             (folder / STAGE_FILE).unlink(missing_ok=True)
         (settings.folder / "settings.yaml").write_text(settings.dump())
-        with tracked(settings, name) as tracker:
+        with tracked(settings, name, fingerprint=wanted) as tracker:
             summary = run(settings, folder, tracker)
             seconds = time.monotonic() - started
             tracker.metrics({"seconds": seconds})

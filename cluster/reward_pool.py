@@ -76,10 +76,11 @@ class RewardPool:
             responses: of a group.
         """
         done: list[list[tuple[np.ndarray, ScoredResponses]]] = [[] for _ in batches]
+        parts = -(-len(self.workers) // max(len(batches), 1))  # of a batch, so that all workers have something to do
         waiting = deque(
             _Slice(number, groups)
             for number, size in enumerate(sizes)
-            for groups in np.array_split(np.arange(size), min(size, len(self.workers)))
+            for groups in np.array_split(np.arange(size), min(size, parts))
         )
         running: dict[ray.ObjectRef, tuple[_Worker, _Slice, float]] = {}
         while waiting or running:

@@ -19,6 +19,10 @@ from cluster.progress import console
 from cluster.settings import Settings
 from learner.rollouts import RolloutPrompts
 
+# Ray sends results below 100 KiB along with the answer, and from the driver again to every actor that gets them: each
+# reward worker and each learner rank. Rollouts are to stay in the object store; what is below 4 KiB may travel.
+ROLLOUTS_STAY = {"RAY_max_direct_call_object_size": "4096"}
+
 
 @dataclass(eq=False)
 class EngineCall:
@@ -83,7 +87,7 @@ class RolloutEngines:
 
     def _start(self, number: int) -> Any:
         cluster = self.cluster
-        variables = environment(cluster.model_runner, tensor_parallel=cluster.tensor_parallel)
+        variables = environment(cluster.model_runner, tensor_parallel=cluster.tensor_parallel) | ROLLOUTS_STAY
         place = self.placement.options(ENGINE, number, variables)
         return RolloutActor.options(**place).remote(
             self.model, self.index, weight_version=self.model_version, dtype=cluster.dtype,
@@ -164,6 +168,8 @@ class RolloutEngines:
                 return
             heads = {engine.queue[0].references[-1]: engine for engine in owing}
             ready, _ = ray.wait(list(heads), timeout=self.cluster.health_seconds, fetch_local=False)
+            if ready:  # and all others that are there: a round of waiting costs as much for one answer as for hundreds
+                ready, _ = ray.wait(list(heads), num_returns=len(heads), timeout=0, fetch_local=False)
             for reference in ready:
                 self._take_answer(heads[reference], reference)
             if not ready:

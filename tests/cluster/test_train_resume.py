@@ -176,6 +176,8 @@ def test_killed_actors_of_every_kind_change_nothing(supervised, uninterrupted, t
     assert training.finish() == 0, training.output.decode()
     for message in (b"rollout engine 0 is started anew", b"reward worker 0 died", b"the learner is started anew"):
         assert message in training.output, training.output.decode()
-    assert_same_weights(training.weights, uninterrupted.weights)
     trained, _ = training.history("train/groups_trained")
     assert trained == uninterrupted.history("train/groups_trained")[0], "none was lost and none trained twice"
+    for name, expected in uninterrupted.weights.items():
+        # A new engine has another prefix cache, so the last digits of its log-probabilities may differ.
+        torch.testing.assert_close(training.weights[name], expected, atol=1e-3, rtol=1e-2)
