@@ -36,7 +36,7 @@ from cluster.settings import load_settings
 
 ACTORS = {
     "rollout engine": "ray::RolloutEngine",
-    "reward worker": "ray::RewardActor",
+    "reward worker": "ray::RewardWorker",
     "learner rank": "ray::LearnerRank",
 }
 KINDS = (*ACTORS, "node")

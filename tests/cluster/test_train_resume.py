@@ -170,7 +170,7 @@ def test_a_driver_that_is_stopped_and_killed_again_and_again_ends_with_the_same_
 def test_killed_actors_of_every_kind_change_nothing(supervised, uninterrupted, tmp_path):
     """A rollout engine, a reward worker and the learner are killed in one run, which goes on unattended."""
     training = Training(supervised, tmp_path).start()
-    for step, kind in ((1, "RolloutEngine"), (3, "RewardActor"), (4, "LearnerRank"), (5, "LearnerRank")):
+    for step, kind in ((1, "RolloutEngine"), (3, "RewardWorker"), (4, "LearnerRank"), (5, "LearnerRank")):
         training.wait_for(lambda kind=kind, step=step: training.reached(step) and training.processes(kind))
         os.kill(training.processes(kind)[0].pid, signal.SIGKILL)
     assert training.finish() == 0, training.output.decode()
