@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.alarms import Alarm, Alarms, AlarmSection
-from cluster.train import sound
+from cluster.train_stage import sound
 
 HEALTHY = {
     "learner/sampler_ratio": 1.01, "learner/entropy_estimate": 1.5, "coverage": 0.4, "chains/think_tokens": 50.0,
