@@ -151,6 +151,10 @@ class RewardWorker:
         """Answered once the rewards are loaded."""
         return True
 
+    def select(self, batch: RolloutBatch, groups: np.ndarray) -> RolloutBatch:
+        """Some groups of a batch, for a driver that does not want all of it."""
+        return batch.select(groups)
+
     def score(self, batch: RolloutBatch, groups: np.ndarray | None = None) -> ScoredResponses:
         """Rewards of every response of some groups, of all without a choice.
 

@@ -1,4 +1,4 @@
-"""The command line: `gream data | index | corpus | sft | train | evaluate | run`."""
+"""The command line: `gream data | index | corpus | sft | train | evaluate | run | plan | status | track`."""
 
 from __future__ import annotations
 
@@ -142,6 +142,34 @@ def run(config: Config = None, overrides: Overrides = None, dry_run: DryRun = Fa
     from cluster.pipeline import STAGES
 
     _run(list(STAGES), config, overrides, dry_run)
+
+
+@app.command("track")
+def track(
+    run_folder: Annotated[Path, typer.Argument(help="The run folder.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Another tracking.uri, for example.")
+    ] = None,
+) -> None:
+    """Send to MLflow what earlier commands could not."""
+    from cluster.journal import SETTINGS_FILE
+    from cluster.tracking import TRACKING_FOLDER, send_left_overs
+
+    settings = load_settings(
+        run_folder / TRACKING_FOLDER / SETTINGS_FILE, [*(overrides or ()), f"run_folder={run_folder}"]
+    )
+    left = send_left_overs(settings)
+    if left:
+        raise InputError(f"{left} records could not be sent", file=run_folder, remedy="Look at the warnings above.")
+    console.print("track: MLflow has everything", highlight=False)
+
+
+@app.command("status")
+def status(run_folder: Annotated[Path, typer.Argument(help="The run folder.")]) -> None:
+    """Show how far a run is, from what its driver has written; asks neither Ray nor MLflow."""
+    from cluster.run_status import show_status
+
+    show_status(run_folder)
 
 
 @app.command("plan")

@@ -6,11 +6,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +21,7 @@ from cluster.index_growth import update_index_stage
 from cluster.progress import console
 from cluster.settings import Settings
 from cluster.teaching import language_model_teacher, show_teacher
-from cluster.tracking import Tracker, tracked
+from cluster.tracking import CommandTracking, Tracker, tracked_command
 from curriculum.corpus import build_corpus, load_corpus
 from item_index.input_error import InputError
 from item_index.semantic_ids import SemanticIdIndex
@@ -70,6 +72,7 @@ def sft_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, A
     console.print(
         f"sft: {summary['steps']} steps, {summary['tokens_per_second']:.0f} tokens/s, loss {summary['loss']:.3f}"
     )
+    tracker.model(folder / "checkpoint", "sft", ["sft"])
     return summary
 
 
@@ -78,10 +81,14 @@ def train_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str,
 
     corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
     checkpoint = _checkpoint_with_tokens(settings.folder / "sft" / "checkpoint", corpus.index)
-    return run_train(
+    report = run_train(
         settings, corpus, settings.folder / "index", checkpoint, folder, tracker,
         name=fingerprint(settings, "train")[:16],
     )  # fmt: skip
+    tracker.model(folder / "checkpoint", "srpo", ["srpo"])
+    if (folder / "best").is_dir():
+        tracker.model(folder / "best", "best", ["best"])
+    return report
 
 
 def evaluate_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
@@ -146,6 +153,18 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
+def file_hash(file: str) -> str:
+    """SHA-256 of a file, read once as long as it does not change."""
+    stat = Path(file).stat()
+    return _file_hash(file, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _file_hash(file: str, size: int, changed: int) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def fingerprint(settings: Settings, name: str) -> str:
     """Hash of everything a stage's output depends on: its settings, the seed, its inputs, the code itself."""
     stage = STAGES[name]
@@ -162,7 +181,7 @@ def fingerprint(settings: Settings, name: str) -> str:
                 raise InputError(
                     "the file does not exist", file=file, remedy="Name it in data.items or data.interactions."
                 )
-            values[file] = hashlib.sha256(path.read_bytes()).hexdigest()
+            values[file] = file_hash(file)
     for earlier in inputs_of(settings, name):
         values[earlier] = fingerprint(settings, earlier)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -190,7 +209,10 @@ def replay_rollouts(settings: Settings, path: Path) -> None:
     files = rollout_files(path)
     _require_current(settings, ("sft",))
     checkpoint = settings.folder / "sft" / "checkpoint"
-    with tracked(settings, "replay", fingerprint="") as tracker:
+    with (
+        tracked_command(settings, "train --replay", code_fingerprint()) as command,
+        command.stage("replay", hashlib.sha256(" ".join(map(str, files)).encode()).hexdigest()) as tracker,
+    ):
         run_replay(settings, settings.folder / "index", checkpoint, files, settings.folder / "replay", tracker)
 
 
@@ -202,25 +224,50 @@ def run_stages(settings: Settings, names: list[str], *, update_index: bool = Fal
     _require_current(settings, inputs_of(settings, names[0]))
     transformers_logging.disable_progress_bar()  # a stage shows its own
     settings.folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        wanted = fingerprint(settings, name)
-        if is_current(settings, name):
-            console.print(f"{name}: unchanged, re-used ({settings.folder / STAGES[name].folder})")
-            continue
-        console.rule(name)
-        started = time.monotonic()
-        folder = settings.folder / STAGES[name].folder
-        folder.mkdir(parents=True, exist_ok=True)
-        run = STAGES[name].run
-        if update_index and name == "index":
-            run = update_index_stage  # it takes the marker away when it begins to write
-        else:
-            (folder / STAGE_FILE).unlink(missing_ok=True)
-        (settings.folder / "settings.yaml").write_text(settings.dump())
-        with tracked(settings, name, fingerprint=wanted) as tracker:
-            summary = run(settings, folder, tracker)
-            seconds = time.monotonic() - started
-            tracker.metrics({"seconds": seconds})
-        marker = {"fingerprint": wanted, "seconds": seconds, "summary": summary}
-        (folder / STAGE_FILE).write_text(json.dumps(marker, indent=2))
-        console.print(f"{name}: done in {seconds:.0f} s")
+    with ExitStack() as open_runs:
+        command: CommandTracking | None = None  # a command that re-uses everything is no run
+        for name in names:
+            if is_current(settings, name):
+                console.print(f"{name}: unchanged, re-used ({settings.folder / STAGES[name].folder})")
+                continue
+            if command is None:
+                title = names[0] if len(names) == 1 else "run"
+                command = open_runs.enter_context(tracked_command(settings, title, code_fingerprint()))
+            _run_stage(settings, name, command, update_index=update_index)
+
+
+def _run_stage(settings: Settings, name: str, command: CommandTracking, *, update_index: bool) -> None:
+    console.rule(name)
+    wanted = fingerprint(settings, name)
+    started = time.monotonic()
+    folder = settings.folder / STAGES[name].folder
+    folder.mkdir(parents=True, exist_ok=True)
+    run = STAGES[name].run
+    if update_index and name == "index":
+        run = update_index_stage  # it takes the marker away when it begins to write
+    else:
+        (folder / STAGE_FILE).unlink(missing_ok=True)
+    (settings.folder / "settings.yaml").write_text(settings.dump())
+    with command.stage(name, wanted) as tracker:
+        summary = run(settings, folder, tracker)
+        track_inputs(settings, name, tracker)
+        seconds = time.monotonic() - started
+        tracker.metrics({"seconds": seconds})
+    marker = {"fingerprint": wanted, "seconds": seconds, "summary": summary}
+    (folder / STAGE_FILE).write_text(json.dumps(marker, indent=2))
+    console.print(f"{name}: done in {seconds:.0f} s")
+
+
+def track_inputs(settings: Settings, name: str, tracker: Tracker) -> None:
+    """The hashes of data and index as tags; after the index stage also how many items each code has."""
+    index = SemanticIdIndex.load(settings.folder / "index")
+    hashes = {
+        f"gream.data.{kind}": file_hash(path)
+        for kind, path in (("items", settings.data.items), ("interactions", settings.data.interactions))
+    }
+    tracker.tags({**hashes, "gream.index": index.version})
+    if name == "index":
+        for level in range(index.levels):
+            used = np.sort(np.bincount(index.codes_IL[:, level], minlength=index.level_sizes[level]))[::-1]
+            for rank, items in enumerate(used.tolist()):
+                tracker.metrics({f"index/code_usage/level_{level + 1}": items}, rank)

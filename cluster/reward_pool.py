@@ -16,6 +16,7 @@ from actors.reward import RewardActor, RewardFailure, ScoredResponses
 from cluster.placement import WorkLost, await_result, lost, lost_what
 from cluster.progress import console
 from cluster.settings import Settings
+from learner.rollouts import RolloutBatch
 from rewards.composition import load_reward_term
 
 
@@ -110,6 +111,15 @@ class RewardPool:
                     self._replace(worker, cause)
                     self._try_again(one, worker.name, cause, batches, waiting, done)
         return [_in_order(parts) for parts in done]
+
+    def rollouts_of(self, batch: ray.ObjectRef, group: int) -> RolloutBatch:
+        """The rollouts of one group alone: what a driver looks at must not bring a whole batch there.
+
+        Raises what Ray raises where the worker or the rollouts are lost, and DeadlineExceeded.
+        """
+        worker = self.workers[0]
+        call = worker.actor.select.remote(batch, np.array([group]))
+        return await_result(call, f"a group from {worker.name}", self.cluster.call_seconds)
 
     def close(self) -> None:
         """End the workers."""

@@ -109,6 +109,17 @@ class ClusterSettings(Section):
 class TrackingSettings(Section):
     uri: str | None = Field(None, description="MLflow tracking URI; null keeps SQLite in the run folder.")
     experiment: str = Field("gream", description="MLflow experiment.")
+    model: str | None = Field(None, description="Registered model; null is gream- and the run folder's name.")
+    weights_mib: float = Field(
+        512, ge=0, description="Checkpoints up to that size are copied into a model version; larger ones are named."
+    )
+    flush_seconds: float = Field(
+        60, ge=0, description="How long the end of a command waits for what MLflow does not have yet, in all."
+    )
+    system_seconds: float = Field(10, ge=0, description="Between two samples of load and memory; 0 takes none.")
+    sample_steps: int = Field(
+        10, ge=0, description="Steps of the train stage between two tables of sampled responses; 0 makes none."
+    )
 
 
 class MachineSettings(Section):

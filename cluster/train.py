@@ -12,7 +12,7 @@ import torch
 from actors.reward import ScoredResponses
 from cluster.progress import console
 from cluster.prompts import PromptSource
-from cluster.rollout_scheduler import RolloutScheduler, alike_groups, has_variance
+from cluster.rollout_scheduler import RolloutScheduler, ScoredGroup, alike_groups, has_variance
 from cluster.settings import Settings
 from cluster.srpo_actors import SrpoActors
 from cluster.timers import Timers
@@ -27,13 +27,18 @@ Scored = list[tuple[np.ndarray, ScoredResponses]]  # mode flags of groups, and t
 
 
 class SrpoLoop:
-    """The state of the loop between steps: the version of the policy, and what engines and scheduler have under way."""
+    """The state of the loop between steps: the version of the policy, and what engines and scheduler have under way.
+
+    Attributes:
+        groups: that the latest step trained on.
+    """
 
     def __init__(self, settings: Settings, source: PromptSource, actors: SrpoActors) -> None:
         self.settings, self.source, self.actors = settings, source, actors
         self.timers = Timers()
         self.scheduler = RolloutScheduler(settings, source, actors.engines, actors.rewards, self.timers)
         self.dumps = (settings.folder / "rollouts").resolve()
+        self.groups: list[ScoredGroup] = []
         self.version = 0
         self.ever_compared = False
         self.weight_check: WeightCheck | None = None
@@ -54,6 +59,7 @@ class SrpoLoop:
         """One step; returns its metrics, seconds by phase among them."""
         train, actors, timers = self.settings.train, self.actors, self.timers
         started = time.perf_counter()
+        self.groups = []  # their rollouts need not stay in the object store
         batch = self.scheduler.groups_for(step, self.version)
         self.scheduler.run_ahead(step)
         show_failures(batch.scored)
@@ -76,6 +82,7 @@ class SrpoLoop:
             advantages = RaggedArray(advantages_R.numpy(), rewards.offsets)
             learnt = actors.learner.update(members, advantages, batches, record=record)
             self.version += 1
+            self.groups = batch.groups
         with timers("weights"):
             transfer = actors.send_weights()
             if train.max_staleness == 0:

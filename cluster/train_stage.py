@@ -13,6 +13,7 @@ from cluster.progress import console, progress_bar
 from cluster.prompts import PromptSource
 from cluster.ray_metrics import RayMetrics
 from cluster.recovery import Recovery
+from cluster.rollout_samples import sampled_responses
 from cluster.settings import Settings
 from cluster.srpo_actors import SrpoActors, srpo_actors
 from cluster.stopping import StopRequested, finishing_steps
@@ -61,10 +62,15 @@ def run_train(
                     break
                 step += 1
                 metrics = loop.step(step)
+                metrics["seconds/tracking"] = tracker.take_seconds()
                 tracker.metrics({f"train/{name}": value for name, value in metrics.items()}, step)
                 gauges.show(metrics)
                 bar.advance(reward=metrics["reward"], direct=metrics.get("direct/reward", math.nan),
                             reasoning=metrics.get("reasoning/reward", math.nan))  # fmt: skip
+                if (every := settings.tracking.sample_steps) and step % every == 0:
+                    tracker.table(
+                        sampled_responses(loop.groups, actors.rewards, corpus), f"samples/step-{step:06d}.json"
+                    )
                 for alarm in alarms.check(step, metrics):
                     sound(alarm, actors, folder)
                 if train.validation_steps and (step == train.steps or step % train.validation_steps == 0):

@@ -4,13 +4,16 @@ weights: what it checks is that the stages fit together, not that anything is le
 import json
 import sqlite3
 
+import mlflow
 import pytest
 import safetensors.torch
 import torch
+from mlflow import MlflowClient
 from small_tables import write_tables
 
 from cluster.pipeline import STAGES, replay_rollouts, run_stages
 from cluster.rollout_report import rollout_report
+from cluster.run_status import show_status
 from cluster.settings import load_settings
 from curriculum.corpus import load_corpus
 from item_index.input_error import InputError
@@ -25,7 +28,7 @@ def run(tmp_path_factory, ray_cluster):
         *write_tables(folder / "data"), f"run_folder={folder / 'run'}", "sft.passes=2", "sft.learning_rate=1.0e-3",
         "train.steps=2", "train.prompts_per_step=6", "train.mini_batch_prompts=3", "train.responses=6",
         "train.reasoning_budget=64", "train.probe_prompts=4", "train.learning_rate=1.0e-4", "evaluation.chains=2",
-        "cluster.kv_cache_mib=32", "cluster.rollout_sequences=32",
+        "cluster.kv_cache_mib=32", "cluster.rollout_sequences=32", "tracking.sample_steps=1",
     ]  # fmt: skip
     return lambda *more: load_settings(None, [*overrides, *more])
 
@@ -59,7 +62,7 @@ def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
 
     database = sqlite3.connect(settings.folder / "mlflow.db")
     runs = dict(database.execute("select name, status from runs"))
-    assert runs == {f"run/{name}": "FINISHED" for name in STAGES}
+    assert runs == {"run: gream run": "FINISHED", **{f"run/{name}": "FINISHED" for name in STAGES}}
     steps = database.execute(
         "select step, value from metrics where key = 'train/weight_version' order by step"
     ).fetchall()
@@ -70,6 +73,30 @@ def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
     assert len(lengths) == 2
     parameters = dict(database.execute("select key, value from params"))
     assert parameters["train.responses"] == "6"
+
+    seconds = dict(
+        database.execute("select key, sum(value) from metrics where key like 'train/seconds/%' group by key")
+    )
+    assert 0 < seconds["train/seconds/tracking"] < seconds["train/seconds/step"]
+    versions = database.execute("select name from model_versions").fetchall()
+    assert versions == [("gream-run",)] * 3, "supervised, last and best policy"
+    client = MlflowClient(f"sqlite:///{settings.folder / 'mlflow.db'}")
+    for alias, stage in (("sft", "sft"), ("srpo", "train"), ("best", "train")):
+        tags = client.get_model_version_by_alias("gream-run", alias).tags
+        assert f"/run/{stage}/" in tags["gream.checkpoint"]
+    mlflow.set_tracking_uri(f"sqlite:///{settings.folder / 'mlflow.db'}")  # load_table asks there
+    (train,) = client.search_runs(["1"], "tags.`gream.stage` = 'train'")
+    table = client.load_table("1", "samples/step-000002.json", [train.info.run_id])
+    assert sorted(set(table["mode"])) == ["direct", "reasoning"]
+    assert len(table) == 2 * 6
+    assert all("[Tale number" in response for response in table["response"])
+    figures = {file.path for file in client.list_artifacts(train.info.run_id, "figures")}
+    assert {"figures/reward.png", "figures/ratio.png", "figures/seconds.png"} <= figures
+    show_status(settings.folder)
+    status = capsys.readouterr().out
+    assert "2/2" in status
+    assert "tracking: MLflow has everything" in status
+    assert status.count("FINISHED") == 1 + len(STAGES)
 
     run_stages(settings, list(STAGES))
     printed = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """`gream train` is interrupted, really, again and again, and ends as if nothing had happened: bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from cluster.settings import load_settings
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
-STEPS = 8
+STEPS, PROMPTS = 8, 6
 PATIENCE = 400
 
 
@@ -30,10 +31,10 @@ def supervised(tmp_path_factory, ray_cluster):
     folder = tmp_path_factory.mktemp("supervised")
     overrides = [
         *write_tables(folder / "data"), "corpus.reasoning_rows=40", "sft.passes=1", "sft.batch_rows=16",
-        "sft.learning_rate=1.0e-3", "cluster.threads=1", f"train.steps={STEPS}", "train.prompts_per_step=6",
+        "sft.learning_rate=1.0e-3", "cluster.threads=1", f"train.steps={STEPS}", f"train.prompts_per_step={PROMPTS}",
         "train.mini_batch_prompts=3", "train.responses=4", "train.learning_rate=1.0e-3", "train.warm_up_steps=2",
         "train.rewards=[{reward: 'reward_functions:partly_alike'}]", "train.probe_prompts=4",
-        "train.reasoning_budget=40", "train.checkpoint_steps=2", "cluster.kv_cache_mib=32",
+        "train.reasoning_budget=40", "train.checkpoint_steps=1", "corpus.rl_holdout=0.04", "cluster.kv_cache_mib=32",
         "cluster.rollout_sequences=32", "train.dump_rollouts=true",
     ]  # fmt: skip
     run_stages(load_settings(None, [*overrides, f"run_folder={folder / 'run'}"]), ["index", "corpus", "sft"])
@@ -100,6 +101,19 @@ class Training:
             not (folder / "manifest.json").exists() for folder in (self.run / "train").glob(f"states/*/step-{step:06d}")
         )
 
+    def before_new_epoch(self, step):
+        """Whether the newest state, of that step or a later one, is that before a step in which a pass over the prompts
+        ends and the next begins."""
+        states = sorted((self.run / "train").glob("states/*/step-*/manifest.json"))
+        try:
+            loop = json.loads((states[-1].parent / "loop.json").read_text()) if states else {"step": -1}
+        except FileNotFoundError:
+            return False  # it was the oldest one until now
+        if loop["step"] < step:
+            return False
+        sampler = loop["loop"]["scheduler"]["sampler"].values()
+        return any(0 < len(mode["pass"]) - mode["drawn"] < PROMPTS // 2 for mode in sampler)
+
     def processes(self, name):
         """Actors of a class that run now."""
         children = psutil.Process(self.process.pid).children(recursive=True)
@@ -136,7 +150,7 @@ def uninterrupted(supervised, tmp_path_factory):
 def test_a_driver_that_is_stopped_and_killed_again_and_again_ends_with_the_same_weights(
     supervised, uninterrupted, tmp_path
 ):
-    """SIGTERM in a step; SIGKILL in a step, inside the writing of a state, and right after it."""
+    """SIGTERM in a step; SIGKILL in a step, inside the writing of a state, and where an epoch ends."""
     training = Training(supervised, tmp_path).start()
     training.wait_for(lambda: b"0/8" in training.output or b"sampler" in training.output)
     training.wait_for(lambda: training.processes("LearnerRank.update"))
@@ -157,7 +171,8 @@ def test_a_driver_that_is_stopped_and_killed_again_and_again_ends_with_the_same_
     begun = training.folder_of(4)
     assert begun.exists()
     assert not (begun / "manifest.json").exists(), "it was killed inside the writing"
-    training.start().wait_for(lambda: training.has_state(6))
+    training.start().wait_for(lambda: training.before_new_epoch(4))
+    training.wait_for(lambda: training.processes("RolloutEngine.generate"))
     training.kill()
     assert training.start().finish() == 0, training.output.decode()
     assert training.output.count(b"goes on after step") == 4, training.output.decode()
