@@ -44,17 +44,23 @@ def bundles_of(cluster: ClusterSettings, *, engines: int, learner_ranks: int) ->
     GPUs, half of them each, so that Ray gives both processes the same."""
     gpus, paired = cluster.gpus_per_engine, min(engines, learner_ranks) if cluster.colocated else 0
 
-    def engine(number: int, share: float) -> Process:
-        return Process(ENGINE, number, cluster.rollout_cpus, share * cluster.tensor_parallel)
-
     def rank(number: int, share: float) -> Process:
         return Process(LEARNER, number, cluster.learner_cpus, share)
 
     return [
-        *(Bundle((rank(number, gpus / 2), engine(number, gpus / 2))) for number in range(paired)),
+        *(Bundle((rank(number, gpus / 2), _engine(cluster, number, gpus / 2))) for number in range(paired)),
         *(Bundle((rank(number, gpus),)) for number in range(paired, learner_ranks)),
-        *(Bundle((engine(number, gpus),)) for number in range(paired, engines)),
+        *(engine_bundle(cluster, number) for number in range(paired, engines)),
     ]
+
+
+def engine_bundle(cluster: ClusterSettings, number: int) -> Bundle:
+    """The bundle of a rollout engine that shares nothing."""
+    return Bundle((_engine(cluster, number, cluster.gpus_per_engine),))
+
+
+def _engine(cluster: ClusterSettings, number: int, share: float) -> Process:
+    return Process(ENGINE, number, cluster.rollout_cpus, share * cluster.tensor_parallel)
 
 
 def nodes_for(wanted: Sequence[Resources], nodes: Sequence[Resources]) -> list[int] | None:

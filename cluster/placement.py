@@ -84,6 +84,11 @@ class Placement:
     bundles: list[Bundle]
     threads: int
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the cluster holds all bundles now."""
+        return self.group.wait(0)
+
     def options(self, kind: str, number: int, environment: dict[str, str]) -> dict[str, Any]:
         """Options of the actor that is this process of the bundles."""
         bundle, process = next(

@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from actors.rollout import RolloutActor, environment
+from cluster.additional_engines import AdditionalEngines
 from cluster.bundles import ENGINE
 from cluster.placement import DeadlineExceeded, Placement, WorkLost, await_result, lost, lost_what
 from cluster.progress import console
@@ -69,14 +70,22 @@ class RolloutEngines:
     when it does not answer a health check, when a call is late, or when weights do not get through. It is then killed
     and started anew, gets the latest weights, and then all calls that it still owed, with the same seeds. After
     `cluster.maximum_restarts` losses in a row RuntimeError names the engine and the last cause.
+
+    With `elastic`, `cluster.additional_engines` more join, with the latest weights, where a generation begins after
+    they have started. One of these that is lost leaves instead, and what it owed is given to the others.
     """
 
-    def __init__(self, placement: Placement, settings: Settings, index: str, model: str) -> None:
+    def __init__(
+        self, placement: Placement, settings: Settings, index: str, model: str, *, elastic: bool = False
+    ) -> None:
         self.placement, self.settings, self.cluster, self.index = placement, settings, settings.cluster, index
         self.model, self.model_version = model, 0
         self.chunks: list[ray.ObjectRef] = []
         self.restarts = 0
-        self.engines = [_Engine(number, self._start(number)) for number in range(self.cluster.rollout_engines)]
+        self.engines = [
+            _Engine(number, self._start(number, placement)) for number in range(self.cluster.rollout_engines)
+        ]
+        self.additional = AdditionalEngines(self.cluster, self._start) if elastic else None
 
     def wait_until_started(self) -> None:
         """Say which sampler each engine has. Raises DeadlineExceeded, and what an engine raises when it starts."""
@@ -85,10 +94,15 @@ class RolloutEngines:
             sampler = await_result(call, f"the start of {engine.name}", self.cluster.start_seconds)
             console.print(f"{engine.name}: sampler {sampler}")
 
-    def _start(self, number: int) -> Any:
+    def close(self) -> None:
+        """Give the places of additional engines back; those of the others are the caller's."""
+        if self.additional is not None:
+            self.additional.close()
+
+    def _start(self, number: int, placement: Placement) -> Any:
         cluster = self.cluster
         variables = environment(cluster.model_runner, tensor_parallel=cluster.tensor_parallel) | ROLLOUTS_STAY
-        place = self.placement.options(ENGINE, number, variables)
+        place = placement.options(ENGINE, number, variables)
         return RolloutActor.options(**place).remote(
             self.model, self.index, weight_version=self.model_version, dtype=cluster.dtype,
             kv_cache_mib=cluster.kv_cache_mib, sequences=cluster.rollout_sequences, threads=cluster.threads,
@@ -99,11 +113,12 @@ class RolloutEngines:
     def generate(
         self, prompts: RolloutPrompts, *, responses: int, seeds: Sequence[int], temperature: float
     ) -> list[EngineCall]:
-        """Spread the prompts over the engines and let them begin; a call for each engine that has a share.
+        """Spread the prompts over the engines, new ones among them; a call for each engine that has a share.
 
         The first reference of a finished call is that of its `RolloutBatch`, which stays in the object store; the
         result is its `GenerationSummary`.
         """
+        self._take_in()
         calls = []
         for number, engine in enumerate(self.engines):
             share = np.arange(number, len(prompts), len(self.engines))
@@ -126,12 +141,15 @@ class RolloutEngines:
     def update_weights(self, chunks: Sequence[ray.ObjectRef]) -> list[EngineCall]:
         """Send the weights of a new version to all engines; the result of each call is the version."""
         self.chunks = list(chunks)
+        return self._to_all(self._weight_transfer)
+
+    def _weight_transfer(self) -> EngineCall:
         seconds = self.cluster.call_seconds
 
         def submit(actor: Any) -> list[ray.ObjectRef]:
             return [actor.update_weights.remote(self.chunks, seconds=seconds)]
 
-        return self._to_all(lambda: EngineCall("the weight transfer", submit, brings_weights=True))
+        return EngineCall("the weight transfer", submit, brings_weights=True)
 
     def load_weights(self, model: str, version: int) -> list[EngineCall]:
         """Let all engines load another checkpoint of the same model and tokenizer."""
@@ -174,6 +192,13 @@ class RolloutEngines:
                 self._take_answer(heads[reference], reference)
             if not ready:
                 self._check_health(owing)
+
+    def _take_in(self) -> None:
+        """Let additional engines that have started take part from now on."""
+        for number, actor in self.additional.arrived() if self.additional is not None else ():
+            self.engines.append(_Engine(number, actor))
+            if self.chunks:
+                self._put(self.engines[-1], self._weight_transfer())
 
     def _to_all(self, make: Callable[[], EngineCall]) -> list[EngineCall]:
         calls = [make() for _ in self.engines]
@@ -219,6 +244,15 @@ class RolloutEngines:
         """Kill an engine, start it with the latest weights, and give it the calls again that it still owes."""
         owed = [call for call in engine.queue if not call.brings_weights]
         superseded = [call for call in engine.queue if call.brings_weights]
+        if self.additional is not None and engine.number in self.additional:
+            ray.kill(engine.actor, no_restart=True)
+            self.engines.remove(engine)
+            self.additional.leave(engine.number, cause)
+            for call in superseded:
+                call.done = True
+            for call in owed:
+                self._put(min(self.engines, key=lambda other: len(other.queue)), call)
+            return
         while True:
             engine.failures += 1
             if self.cluster.weight_transfer != "object_store":
@@ -247,7 +281,7 @@ class RolloutEngines:
 
     def _start_again(self, engine: _Engine) -> int:
         """The version of the weights that the new process has."""
-        cluster, actor = self.cluster, self._start(engine.number)
+        cluster, actor = self.cluster, self._start(engine.number, self.placement)
         engine.actor = actor
         await_result(actor.sampler_in_use.remote(), f"the start of {engine.name}", cluster.start_seconds)
         if not self.chunks:

@@ -37,6 +37,9 @@ class EvaluationSettings(Section):
 class ClusterSettings(Section):
     address: str | None = Field(None, description="Ray address; null uses RAY_ADDRESS, or starts Ray on this machine.")
     rollout_engines: int = Field(1, ge=1, description="Rollout engines of the train and evaluate stages.")
+    additional_engines: int = Field(
+        0, ge=0, description="More of them for the train stage: each joins when there is a place, and leaves when lost."
+    )
     learner_cpus: float = Field(1, gt=0, description="CPUs of the learner's placement-group bundle.")
     rollout_cpus: float = Field(1, gt=0, description="CPUs of each rollout engine's bundle.")
     gpus_per_engine: float = Field(
@@ -99,6 +102,8 @@ class ClusterSettings(Section):
                 f"cluster.weight_transfer {self.weight_transfer} needs GPUs: set cluster.gpus_per_engine, or "
                 "leave it at object_store"
             )
+        if self.weight_transfer != "object_store" and self.additional_engines:
+            raise ValueError("engines can join in mid-run where cluster.weight_transfer is object_store alone")
         if self.colocated and self.tensor_parallel > 1:
             raise ValueError("cluster.colocated pairs an engine of one device with a rank: set tensor_parallel to 1")
         if self.colocated and self.gpus_per_engine not in (0, 1):

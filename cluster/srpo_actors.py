@@ -41,7 +41,7 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
     index, model = str(index_folder.resolve()), str(checkpoint.resolve())
     with placed(cluster, engines=cluster.rollout_engines, learner_ranks=train.ranks) as placement:
         rewards = RewardPool(settings, index, model)
-        rollout = RolloutEngines(placement, settings, index, model)
+        rollout = RolloutEngines(placement, settings, index, model, elastic=True)
         try:
             learner = LearnerRanks(placement, settings, index, model)
             rollout.wait_until_started()
@@ -53,4 +53,5 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
             rewards.wait_until_started()
             yield SrpoActors(learner, rollout, rewards, cluster.weight_chunk_mib * 2**20)
         finally:
+            rollout.close()
             rewards.close()

@@ -98,6 +98,7 @@ class SrpoLoop:
             **{f"groups/{name}": share for name, share in alike_groups(batch.scored).items()},
             "weight_version": float(self.version),
             **self.compared,
+            "rollout_engines": float(len(actors.engines.engines)),
             "engine_restarts": float(actors.engines.restarts),
             "learner_restarts": float(actors.learner.restarts),
             **{f"seconds/{phase}": seconds for phase, seconds in timers.read().items()},

@@ -5,29 +5,21 @@ import signal
 import threading
 import time
 
-import numpy as np
 import pytest
 import ray
+from tiny_engines import ENGINES, MODES, as_references, assert_same, gathered, generation, process_of
 
 from actors.rollout import prompt_seeds
 from cluster.placement import placed
-from cluster.rollout_engines import RolloutEngines, prompt_order
+from cluster.rollout_engines import RolloutEngines
 from cluster.settings import load_settings
-from learner.rollouts import RolloutBatch
-from learner.weight_chunks import weight_chunks
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
-MODES = ["reasoning", "direct"] * 8
-SETTINGS = [
-    "cluster.rollout_engines=2", "cluster.rollout_cpus=0.5", "cluster.threads=1", "cluster.kv_cache_mib=32",
-    "cluster.rollout_sequences=32", "cluster.health_seconds=5", "cluster.call_seconds=240",
-    "cluster.maximum_restarts=1",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def engines(tiny, ray_cluster):
-    settings = load_settings(None, SETTINGS)
+    settings = load_settings(None, ENGINES)
     with placed(settings.cluster, engines=2) as placement:
         made = RolloutEngines(placement, settings, str(tiny.index_folder), str(tiny.checkpoint))
         made.wait_until_started()
@@ -38,33 +30,6 @@ def engines(tiny, ray_cluster):
 def expected(tiny, engines):
     """What the engines give when nothing happens to them."""
     return gathered(engines, generation(tiny, engines))
-
-
-def generation(tiny, engines, *, responses=6):
-    prompts = tiny.prompts(MODES, budget=160)
-    return engines.generate(prompts, responses=responses, seeds=prompt_seeds(2, 1, len(MODES)), temperature=1.0)
-
-
-def gathered(engines, calls):
-    engines.wait(calls)
-    assert all(call.done for call in calls)
-    parts = ray.get([call.references[0] for call in calls], timeout=60)
-    return RolloutBatch.concatenate(parts).select(prompt_order(calls))
-
-
-def as_references(model, version):
-    return [ray.put(chunk) for chunk in weight_chunks([list(model.state_dict().items())], version, tied_head=False)]
-
-
-def process_of(engine):
-    return ray.get(engine.actor.health.remote(), timeout=60)[1]
-
-
-def assert_same(batch, other):
-    """The same groups; engines may differ in the last digits, for what a sum is added up with differs."""
-    assert batch.prompts.targets.tolist() == other.prompts.targets.tolist()
-    assert batch.responses.values.tolist() == other.responses.values.tolist()
-    np.testing.assert_allclose(batch.log_probabilities.values, other.log_probabilities.values, atol=1e-4)
 
 
 def test_prompts_are_spread_over_the_engines_and_come_back_in_order(tiny, engines, expected, rollout_engine):
