@@ -86,29 +86,28 @@ class LearnerRank:
 
     def update(
         self,
-        members: Sequence[tuple[int, int]],
+        members: np.ndarray,
         advantages: RaggedArray,
         *batches: RolloutBatch,
         record: dict[str, Any] | None = None,
     ) -> dict[str, float]:
-        """One SRPO update on the groups `members`, (batch, place in it) each; the version counts up.
+        """One SRPO update on the groups `members`, int64 [G, 2] of batch and place in it; the version counts up.
 
         `advantages` has a row per member, with the float32 advantages of its responses. Every rank is called with the
         same arguments. Rank 0 keeps the groups where a `record` is given: the `file` to write, the number of the
         `step`, and the `rewards` like the advantages. Raises ValueError for rollouts under another index version.
         """
         assert self.group_policy is not None, "call prepare_srpo first"
-        parts, order = [], []
+        parts, rows_of_parts = [], []
         for number, batch in enumerate(batches):
             if batch.index_version != self.index_version:
                 raise ValueError(
                     f"batch {number} was sampled under index version {batch.index_version}, and the learner has "
                     f"{self.index_version}: their allowed sets differ"
                 )
-            rows = [row for row, (of_batch, _) in enumerate(members) if of_batch == number]
-            parts.append(batch.select(np.array([members[row][1] for row in rows])))
-            order += rows
-        batch, in_order = RolloutBatch.concatenate(parts), np.array(order)
+            rows_of_parts.append(np.nonzero(members[:, 0] == number)[0])
+            parts.append(batch.select(members[rows_of_parts[-1], 1]))
+        batch, in_order = RolloutBatch.concatenate(parts), np.concatenate(rows_of_parts)
         advantages_R = advantages.select(in_order).values
         if record is not None and self.engine.rank == 0:
             rewards_R = record["rewards"].select(in_order).values

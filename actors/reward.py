@@ -155,6 +155,10 @@ class RewardWorker:
         """Some groups of a batch, for a driver that does not want all of it."""
         return batch.select(groups)
 
+    def score_parts(self, groups: Sequence[np.ndarray], *batches: RolloutBatch) -> list[ScoredResponses]:
+        """`score` of some groups of each batch, in one call."""
+        return [self.score(batch, some) for batch, some in zip(batches, groups, strict=True)]
+
     def score(self, batch: RolloutBatch, groups: np.ndarray | None = None) -> ScoredResponses:
         """Rewards of every response of some groups, of all without a choice.
 

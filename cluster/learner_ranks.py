@@ -57,14 +57,16 @@ class LearnerRanks:
 
     def update(
         self,
-        members: list[tuple[int, int]],
+        members: np.ndarray,
         advantages: RaggedArray,
         batches: Sequence[ray.ObjectRef],
         *,
         record: dict[str, Any] | None = None,
     ) -> dict[str, float]:
-        """One update of the policy by all ranks; returns its metrics. `record` is as `LearnerRank.update` takes it."""
-        calls = [rank.update.remote(members, advantages, *batches, record=record) for rank in self.ranks]
+        """One update of the policy by all ranks; returns its metrics. Arguments are as `LearnerRank.update` takes them,
+        the batches as references."""
+        shared = ray.put(members), ray.put(advantages)  # once, for all ranks
+        calls = [rank.update.remote(*shared, *batches, record=record) for rank in self.ranks]
         return self._results(calls, "the update")[0]
 
     def weight_chunks(self, chunk_bytes: int) -> list[ray.ObjectRef]:

@@ -175,13 +175,13 @@ def fingerprint(settings: Settings, name: str) -> str:
             value = getattr(value, part)
         values[section] = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
     if "data" in stage.sections:
-        for file in (settings.data.items, settings.data.interactions):
-            path = Path(file)
-            if not path.is_file():
+        for kind in ("items", "interactions"):
+            file = values["data"].pop(kind)  # where it lies does not count
+            if not Path(file).is_file():
                 raise InputError(
                     "the file does not exist", file=file, remedy="Name it in data.items or data.interactions."
                 )
-            values[file] = file_hash(file)
+            values[kind] = file_hash(file)
     for earlier in inputs_of(settings, name):
         values[earlier] = fingerprint(settings, earlier)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

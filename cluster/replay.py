@@ -43,7 +43,7 @@ def run_replay(
         learner = LearnerRanks(placement, settings, index, model)
         for file in files:
             groups = read_trained_groups(file)
-            members = [(0, place) for place in range(len(groups.batch))]
+            members = np.array([(0, place) for place in range(len(groups.batch))], np.int64)
             advantages = RaggedArray(groups.advantages, groups.batch.group_starts)
             metrics = learner.update(members, advantages, [ray.put(groups.batch)])
             reward = float(np.mean(groups.rewards))

@@ -22,11 +22,15 @@ from rewards.composition import load_reward_term
 
 @dataclass(frozen=True)
 class _Slice:
-    """Groups of a batch that one worker scores in one call."""
+    """What one worker scores in one call: numbers of batches, and groups of each."""
 
-    batch: int
-    groups: np.ndarray
+    parts: list[tuple[int, np.ndarray]]
     tries: int = 0
+
+    @property
+    def size(self) -> int:
+        """Groups in all."""
+        return sum(len(groups) for _, groups in self.parts)
 
 
 @dataclass(eq=False)
@@ -77,19 +81,15 @@ class RewardPool:
             responses: of a group.
         """
         done: list[list[tuple[np.ndarray, ScoredResponses]]] = [[] for _ in batches]
-        parts = -(-len(self.workers) // max(len(batches), 1))  # of a batch, so that all workers have something to do
-        waiting = deque(
-            _Slice(number, groups)
-            for number, size in enumerate(sizes)
-            for groups in np.array_split(np.arange(size), min(size, parts))
-        )
+        waiting = deque(_slices(sizes, len(self.workers)))
         running: dict[ray.ObjectRef, tuple[_Worker, _Slice, float]] = {}
         while waiting or running:
             busy = {worker for worker, _, _ in running.values()}
             for worker in [worker for worker in self.workers if worker not in busy][: len(waiting)]:
                 one = waiting.popleft()
-                call = worker.actor.score.remote(batches[one.batch], one.groups)
-                running[call] = (worker, one, time.monotonic() + self._seconds(len(one.groups) * responses))
+                numbers, groups = zip(*one.parts, strict=True)
+                call = worker.actor.score_parts.remote(groups, *(batches[number] for number in numbers))
+                running[call] = (worker, one, time.monotonic() + self._seconds(one.size * responses))
             soonest = min(deadline for _, _, deadline in running.values())
             ready, _ = ray.wait(list(running), timeout=max(0.0, soonest - time.monotonic()), fetch_local=False)
             late = [] if ready else [call for call, (_, _, deadline) in running.items() if time.monotonic() >= deadline]
@@ -98,7 +98,9 @@ class RewardPool:
                 try:
                     if call in late:
                         raise TimeoutError("did not answer in time")
-                    done[one.batch].append((one.groups, ray.get(call, timeout=self.cluster.call_seconds)))
+                    scores = ray.get(call, timeout=self.cluster.call_seconds)
+                    for (number, some), of_batch in zip(one.parts, scores, strict=True):
+                        done[number].append((some, of_batch))
                     worker.failures = 0
                 except RayTaskError as error:
                     if lost(error):
@@ -140,17 +142,21 @@ class RewardPool:
         done: list[list[tuple[np.ndarray, ScoredResponses]]],
     ) -> None:  # fmt: skip
         """Put every group of a lost slice back by itself; give up one that was tried by itself."""
-        if one.tries == 0 or len(one.groups) > 1:
-            waiting.extend(_Slice(one.batch, one.groups[place : place + 1], 1) for place in range(len(one.groups)))
+        if one.tries == 0 or one.size > 1:
+            waiting.extend(
+                _Slice([(batch, groups[place : place + 1])], 1)
+                for batch, groups in one.parts
+                for place in range(len(groups))
+            )
             return
-        batch = ray.get(batches[one.batch], timeout=self.cluster.call_seconds)
-        group = int(one.groups[0])
+        ((number, groups),) = one.parts
+        batch, group = ray.get(batches[number], timeout=self.cluster.call_seconds), int(groups[0])
         context = (
             f"weights of version {int(batch.weight_versions[group])}, true item row {int(batch.prompts.targets[group])}"
         )
         failure = RewardFailure(0, -1, ", ".join(self.terms), f"{name} {cause} while it scored this group", context)
         scores = ScoredResponses.unscored(int(batch.group_sizes[group]), len(self.terms), failure)
-        done[one.batch].append((one.groups, scores))
+        done[number].append((groups, scores))
 
     def _replace(self, worker: _Worker, cause: str) -> None:
         worker.failures += 1
@@ -172,7 +178,23 @@ class RewardPool:
             raise RuntimeError(f"{worker.name} did not start: {error}") from error
 
 
+def _slices(sizes: Sequence[int], workers: int) -> list[_Slice]:
+    """All groups of batches of these sizes in about as many slices as there are workers: each call costs the driver
+    something, and a worker without one is idle."""
+    if len(sizes) >= workers:
+        some = np.array_split(np.arange(len(sizes)), workers)
+        return [_Slice([(batch, np.arange(sizes[batch])) for batch in numbers.tolist()]) for numbers in some]
+    parts = -(-workers // max(len(sizes), 1))  # of a batch
+    return [
+        _Slice([(batch, groups)])
+        for batch, size in enumerate(sizes)
+        for groups in np.array_split(np.arange(size), min(size, parts))
+    ]
+
+
 def _in_order(parts: list[tuple[np.ndarray, ScoredResponses]]) -> ScoredResponses:
     """The scores of a batch, group after group."""
+    if len(parts) == 1:
+        return parts[0][1]
     order = np.argsort(np.concatenate([groups for groups, _ in parts]))
     return ScoredResponses.concatenate([scores for _, scores in parts]).select(order)

@@ -24,6 +24,8 @@ from learner.rollouts import RolloutPrompts
 # reward worker and each learner rank. Rollouts are to stay in the object store; what is below 4 KiB may travel.
 ROLLOUTS_STAY = {"RAY_max_direct_call_object_size": "4096"}
 
+GATHER_SECONDS = 0.02  # for answers that come together
+
 
 @dataclass(eq=False)
 class EngineCall:
@@ -80,7 +82,7 @@ class RolloutEngines:
     ) -> None:
         self.placement, self.settings, self.cluster, self.index = placement, settings, settings.cluster, index
         self.model, self.model_version = model, 0
-        self.chunks: list[ray.ObjectRef] = []
+        self.chunks: ray.ObjectRef | None = None  # a list of references, sent to each engine as one
         self.restarts = 0
         self.engines = [
             _Engine(number, self._start(number, placement)) for number in range(self.cluster.rollout_engines)
@@ -140,7 +142,7 @@ class RolloutEngines:
 
     def update_weights(self, chunks: Sequence[ray.ObjectRef]) -> list[EngineCall]:
         """Send the weights of a new version to all engines; the result of each call is the version."""
-        self.chunks = list(chunks)
+        self.chunks = ray.put(list(chunks))
         return self._to_all(self._weight_transfer)
 
     def _weight_transfer(self) -> EngineCall:
@@ -153,7 +155,7 @@ class RolloutEngines:
 
     def load_weights(self, model: str, version: int) -> list[EngineCall]:
         """Let all engines load another checkpoint of the same model and tokenizer."""
-        self.model, self.model_version, self.chunks = model, version, []
+        self.model, self.model_version, self.chunks = model, version, None
 
         def submit(actor: Any) -> list[ray.ObjectRef]:
             return [actor.load_weights.remote(model, version)]
@@ -186,8 +188,8 @@ class RolloutEngines:
                 return
             heads = {engine.queue[0].references[-1]: engine for engine in owing}
             ready, _ = ray.wait(list(heads), timeout=self.cluster.health_seconds, fetch_local=False)
-            if ready:  # and all others that are there: a round of waiting costs as much for one answer as for hundreds
-                ready, _ = ray.wait(list(heads), num_returns=len(heads), timeout=0, fetch_local=False)
+            if ready:  # and those that come with it: a round of waiting costs as much for one answer as for hundreds
+                ready, _ = ray.wait(list(heads), num_returns=len(heads), timeout=GATHER_SECONDS, fetch_local=False)
             for reference in ready:
                 self._take_answer(heads[reference], reference)
             if not ready:
@@ -197,7 +199,7 @@ class RolloutEngines:
         """Let additional engines that have started take part from now on."""
         for number, actor in self.additional.arrived() if self.additional is not None else ():
             self.engines.append(_Engine(number, actor))
-            if self.chunks:
+            if self.chunks is not None:
                 self._put(self.engines[-1], self._weight_transfer())
 
     def _to_all(self, make: Callable[[], EngineCall]) -> list[EngineCall]:
@@ -284,7 +286,7 @@ class RolloutEngines:
         cluster, actor = self.cluster, self._start(engine.number, self.placement)
         engine.actor = actor
         await_result(actor.sampler_in_use.remote(), f"the start of {engine.name}", cluster.start_seconds)
-        if not self.chunks:
+        if self.chunks is None:
             return self.model_version
         update = actor.update_weights.remote(self.chunks, seconds=cluster.call_seconds)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,18 +241,17 @@ class RolloutScheduler:
         reasoning = one.prompts.reasoning
         found: dict[int, ScoredGroup] = {}
         varied_G = np.zeros(len(reasoning), bool)
+        varied_G[np.concatenate([call.prompts for call in one.calls])] = has_variance(scores)
         for call, of_call in zip(one.calls, scores, strict=True):
             scored.append((reasoning[call.prompts], of_call))
             summaries.append(call.result)
-            varied = has_variance(of_call)
-            varied_G[call.prompts] = varied
-            ends = np.cumsum(of_call.group_sizes)[:-1]
-            rewards_of, hits_of = np.split(of_call.rewards, ends), np.split(of_call.hits, ends)
-            for place in np.nonzero(varied)[0]:
+            ends = np.cumsum(of_call.group_sizes)
+            for place in np.nonzero(varied_G[call.prompts])[0]:
                 number = int(call.prompts[place])
+                group = slice(ends[place] - of_call.group_sizes[place], ends[place])
                 found[number] = ScoredGroup(
                     call.references[0], int(place), bool(reasoning[number]), call.result.weight_version,
-                    rewards_of[place], hits_of[place],
+                    of_call.rewards[group], of_call.hits[group],
                 )  # fmt: skip
         for mode in self.quota:
             of_mode = reasoning == mode
@@ -262,25 +262,29 @@ class RolloutScheduler:
         return [found[number] for number in sorted(found)]
 
 
-def has_variance(scores: ScoredResponses) -> np.ndarray:
-    """bool [G]: groups that could be scored and whose rewards differ."""
-    varied = groups_with_variance(torch.tensor(np.nan_to_num(scores.rewards)), torch.tensor(scores.group_sizes))
-    return varied.numpy() & scores.scored
+def has_variance(scores: Sequence[ScoredResponses]) -> np.ndarray:
+    """bool [G] over the groups of all these: those that could be scored and whose rewards differ."""
+    rewards_R, sizes_G, scored_G = (
+        np.concatenate([getattr(some, name) for some in scores]) for name in ("rewards", "group_sizes", "scored")
+    )
+    varied = groups_with_variance(torch.from_numpy(np.nan_to_num(rewards_R)), torch.from_numpy(sizes_G))
+    return varied.numpy() & scored_G
 
 
 def alike_groups(scored: list[tuple[np.ndarray, ScoredResponses]]) -> dict[str, float]:
     """Shares of the generated groups whose rewards are all alike, by what that says of the prompt: `too_easy` where
     all responses are hits, `too_hard` where none earns anything, `alike` for the others."""
-    counts = {"too_easy": 0, "too_hard": 0, "alike": 0}
-    total = 0
-    for _, scores in scored:
-        ends = np.cumsum(scores.group_sizes)[:-1]
-        total += len(scores.group_sizes)
-        for place in np.nonzero(scores.scored & ~has_variance(scores))[0]:
-            rewards, hits = np.split(scores.rewards, ends)[place], np.split(scores.hits, ends)[place]
-            kind = "too_easy" if hits.all() else "too_hard" if (rewards <= 0).all() else "alike"
-            counts[kind] += 1
-    return {name: count / max(total, 1) for name, count in counts.items()}
+    scores = [some for _, some in scored]
+    rewards_R, hits_R, sizes_G, scored_G = (
+        np.concatenate([getattr(some, name) for some in scores])
+        for name in ("rewards", "hits", "group_sizes", "scored")
+    )
+    starts_G = np.cumsum(sizes_G) - sizes_G
+    alike_G = scored_G & ~has_variance(scores)
+    easy_G = alike_G & np.logical_and.reduceat(hits_R, starts_G)
+    hard_G = alike_G & ~easy_G & (np.maximum.reduceat(np.nan_to_num(rewards_R), starts_G) <= 0)
+    counts = {"too_easy": easy_G, "too_hard": hard_G, "alike": alike_G & ~easy_G & ~hard_G}
+    return {name: float(flags.mean()) for name, flags in counts.items()}
 
 
 def nothing_to_train_on(scored: list[tuple[np.ndarray, ScoredResponses]], rounds: int) -> str:

@@ -56,7 +56,7 @@ class ClusterSettings(Section):
         "constrained",
         description="constrained leaves the full vocabulary alone inside semantic IDs; plain is vLLM's own sampler.",
     )
-    weight_chunk_mib: int = Field(64, ge=1, description="Weights travel to the engine in chunks of about that size.")
+    weight_chunk_mib: int = Field(256, ge=1, description="Weights travel to the engine in chunks of about that size.")
     weight_transfer: Literal["object_store", "nccl", "ipc"] = Field(
         "object_store",
         description="How weights get to the engines: shared memory, or vLLM's NCCL, or its CUDA IPC on shared devices.",

@@ -32,6 +32,16 @@ def stopping_by_signals() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM wait for this thread; for processes that are started here, for ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Stop:
     """Whether the process was asked to stop; `number` is the signal."""
 

@@ -36,6 +36,7 @@ from cluster.journal import (
 )
 from cluster.progress import console
 from cluster.settings import Settings
+from cluster.stopping import signals_blocked
 
 TRACKING_FOLDER = "tracking"
 # A server that does not answer is tried again by the sender, with pauses of its own; MLflow would try for minutes.
@@ -216,7 +217,8 @@ def tracked_command(settings: Settings, command: str, fingerprint: str) -> Itera
 
 @contextmanager
 def _sender(settings: Settings, journal: Journal) -> Iterator[None]:
-    """The process that sends, in a session of its own: a Ctrl-C of the terminal is not for it."""
+    """The process that sends. It outlives what asks the driver to stop, as it has the rest to send then: a terminal's
+    Ctrl-C goes to the whole process group, and `ray job stop` sends SIGTERM to every process of the job."""
     folder, flush_seconds = journal.folder.resolve(), settings.tracking.flush_seconds
     order = {
         "folder": str(folder), "store": asdict(store_of(settings)), "driver": os.getpid(), "session": journal.session,
@@ -224,7 +226,7 @@ def _sender(settings: Settings, journal: Journal) -> Iterator[None]:
     }  # fmt: skip
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, os.environ["PYTHONPATH"]]) if os.environ.get("PYTHONPATH") else root
-    with (folder / LOG_FILE).open("ab") as log:
+    with (folder / LOG_FILE).open("ab") as log, signals_blocked():
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster.journal_sender"], stdin=subprocess.PIPE, stdout=log, stderr=log,
             start_new_session=True, env={**SENDER_ENVIRONMENT, **os.environ, "PYTHONPATH": path},

@@ -75,7 +75,7 @@ class SrpoLoop:
         with timers("learner"):
             batches = list({group.batch: None for group in batch.groups})
             number = {reference: place for place, reference in enumerate(batches)}
-            members = [(number[group.batch], group.place) for group in batch.groups]
+            members = np.array([(number[group.batch], group.place) for group in batch.groups], np.int64)
             record = None
             if train.dump_rollouts:
                 record = {"file": str(self.dumps / f"step-{step:06d}.parquet"), "step": step, "rewards": rewards}
@@ -148,7 +148,7 @@ def rollout_metrics(scored: Scored, *, minimum_think_tokens: int) -> dict[str, f
         return np.concatenate([getattr(scores, name) for _, scores in scored])
 
     sizes_G, scored_G = column("group_sizes"), column("scored")
-    varied_G = np.concatenate([has_variance(scores) for _, scores in scored])
+    varied_G = has_variance([scores for _, scores in scored])
     known = np.repeat(scored_G, sizes_G)
     reasoning, rewards = np.repeat(reasoning_G, sizes_G), column("rewards")
     metrics["reward"] = float(rewards[known].mean())

@@ -58,8 +58,10 @@ class PromptBuilder:
     def prompt(self, history: Sequence[int] | np.ndarray, mode: Mode) -> list[int]:
         """Token ids of the prompt for the last `history_items` items (rows of the index) of a history."""
         before, after = self._around[mode]
-        recent = history[-self.history_items :]
-        return [*before, *(token for item in recent for token in self.item_tokens[int(item)]), *after]
+        tokens = [*before]
+        for item in history[-self.history_items :]:
+            tokens += self.item_tokens[item]
+        return tokens + after
 
     def message_prompt(self, system: str, message: str) -> list[int]:
         """Token ids of a prompt with any message; semantic IDs in it are spelled as `index.text` does.

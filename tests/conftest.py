@@ -43,3 +43,11 @@ def ray_cluster():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def supervised(tmp_path_factory, ray_cluster):
+    """A run folder whose supervised stage is done, and the settings; see `train_runs.py`."""
+    from train_runs import make_supervised
+
+    return make_supervised(tmp_path_factory.mktemp("supervised"))

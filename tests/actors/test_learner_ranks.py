@@ -54,7 +54,7 @@ def rollouts(tiny, *, seed=0):
 
 
 def update(learner, batch, advantages):
-    members = [(0, group) for group in range(len(batch))]
+    members = np.array([(0, group) for group in range(len(batch))])
     reference = ray.put(batch)
     return ray.get([rank.update.remote(members, advantages, reference) for rank in learner], timeout=300)
 

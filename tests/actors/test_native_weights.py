@@ -43,7 +43,7 @@ def pair(tiny, ray_cluster):
     learner.prepare_srpo.remote(index, {}, temperature=1.0, mini_batch_prompts=6, micro_batch_tokens=2048, seed=0)
     batch = tiny.random_rollouts(tiny.prompts(MODES), responses=4, seed=0)
     advantages = RaggedArray(np.random.default_rng(0).normal(size=24).astype(np.float32), batch.group_starts)
-    members = [(0, group) for group in range(len(MODES))]
+    members = np.array([(0, group) for group in range(len(MODES))])
     ray.get(learner.update.remote(members, advantages, batch), timeout=300)
     yield engine, learner
     for actor in (engine, learner):

@@ -112,7 +112,7 @@ def test_at_learning_rate_zero_the_update_changes_nothing_and_all_ratios_are_one
     advantages = RaggedArray(
         np.random.default_rng(0).normal(size=len(rollouts.responses)).astype(np.float32), rollouts.group_starts
     )
-    members = [(0, group) for group in range(len(rollouts))]
+    members = np.array([(0, group) for group in range(len(rollouts))])
     metrics = ray.get(learner.update.remote(members, advantages, rollouts), timeout=300)
     assert abs(metrics["ratio"] - 1) < 1e-3
     assert abs(metrics["importance"] - 1) < 1e-3

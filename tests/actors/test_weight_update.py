@@ -125,7 +125,7 @@ def test_learner_and_rollout_actors_agree_on_weights_and_version_after_an_update
     prompts, seeds = tiny.prompts(MODES), prompt_seeds(4, 1, len(MODES))
     batch = rollout.generate.remote(prompts, responses=4, seeds=seeds)
     advantages = RaggedArray.of(np.random.default_rng(0).normal(size=(len(MODES), 4)), np.float32)
-    members = [(0, group) for group in range(len(MODES))]
+    members = np.array([(0, group) for group in range(len(MODES))])
     metrics = ray.get(learner.update.remote(members, advantages, batch), timeout=300)
     assert metrics["staleness"] == 0
     stream = learner.weight_chunks.options(num_returns="streaming").remote(100_000)

@@ -84,6 +84,8 @@ def test_a_changed_data_file_makes_every_stage_stale(tmp_path):
 
     write_tables(tmp_path / "data")
     assert is_current(settings, "index"), "the same bytes again"
+    moved = [f"run_folder={tmp_path / 'run'}", *write_tables(tmp_path / "elsewhere")]
+    assert is_current(load_settings(None, moved), "index"), "the same bytes at another place"
 
 
 def test_the_fingerprint_of_a_stage_follows_its_own_settings(run):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -11,12 +12,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 from small_tables import write_tables
+from train_runs import TrainRun, command_of
+
+from item_index.semantic_ids import SemanticIdIndex
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 
@@ -25,6 +30,15 @@ BIN = Path(sys.executable).parent
 PATIENCE = 300
 # What a checkout holds beside the project, each with a file that must not travel.
 STAY_HERE = ["runs", "data", "models", ".venv", ".git"]
+# What the train stage runs as a job: the command itself, what sends its journal, its actors.
+TRAINING = ["gream train", "cluster.journal_sender", "ray::RolloutEngine", "ray::LearnerRank", "ray::RewardWorker"]
+
+
+def wait_until(condition, failure):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, failure()
+        time.sleep(0.2)
 
 
 def free_port():
@@ -47,12 +61,13 @@ class Head:
         token.chmod(0o600)
         outside = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
         self.client = {**outside, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        self.port, dashboard = free_port(), free_port()
+        self.port, dashboard, self.agent_port = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{dashboard}"
+        self.agent = f"http://127.0.0.1:{self.agent_port}/api/job_agent/jobs/none"
         command = [
             BIN / "ray", "start", "--head", "--block", f"--port={self.port}", "--node-ip-address=127.0.0.1",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={self.folder / 'ray'}",
-            f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2", "--disable-usage-stats",
+            f"--dashboard-agent-listen-port={self.agent_port}", "--num-cpus=2", "--disable-usage-stats",
             f"--object-store-memory={128 * 2**20}",
         ]  # fmt: skip
         environment = self.client | {
@@ -72,7 +87,7 @@ class Head:
             assert self.process.poll() is None, f"the head ended: {self.log.read_text()}"
             assert time.monotonic() < deadline, f"the head did not start: {self.log.read_text()}"
             try:
-                if self.request(self.token) == 200:
+                if self.request(self.token) == 200 and self.request(self.token, self.agent):  # the agent takes jobs
                     return
             except OSError:
                 pass
@@ -82,13 +97,12 @@ class Head:
     def token(self):
         return (self.folder / "token").read_text()
 
-    def request(self, token):
-        """The status of a request for the list of jobs."""
+    def request(self, token, url=None, method="GET"):
+        """The status of a request, for the list of jobs unless another is named."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
+        request = urllib.request.Request(url or f"{self.url}/api/jobs/", headers=headers, method=method)
         try:
-            with urllib.request.urlopen(
-                urllib.request.Request(f"{self.url}/api/jobs/", headers=headers), timeout=60
-            ) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status
         except urllib.error.HTTPError as error:
             return error.code
@@ -105,12 +119,17 @@ class Head:
         return self.job("submit", "--working-dir", ".", "--", *entrypoint)
 
     def processes(self):
-        self.family += [
-            process
-            for process in psutil.Process(self.process.pid).children(recursive=True)
-            if process not in self.family
-        ]
+        with suppress(psutil.NoSuchProcess):  # the head has ended by itself
+            self.family += [
+                process
+                for process in psutil.Process(self.process.pid).children(recursive=True)
+                if process not in self.family
+            ]
         return self.family
+
+    def running(self, part):
+        """Processes of the head with this in their command line."""
+        return [process for process in self.processes() if part in command_of(process)]
 
     def close(self):
         """End the head as Ctrl-C does; the processes of it that are still there."""
@@ -161,7 +180,8 @@ def test_who_has_no_token_gets_nothing(head):
     assert "token" in connection.stderr
 
 
-def test_nothing_listens_beyond_the_loopback_interface(head):
+def test_the_dashboard_listens_on_the_loopback_interface_alone_and_its_agent_wants_the_token(head):
+    """Ray's own ports between the nodes, the agent's among them, listen for other machines: hence the token."""
     listening = {
         connection.laddr
         for process in head.processes()
@@ -169,8 +189,15 @@ def test_nothing_listens_beyond_the_loopback_interface(head):
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert {head.port, int(head.url.rpartition(":")[2])} <= {address.port for address in listening}
-    assert {address for address in listening if address.ip not in ("127.0.0.1", "::1")} == set()
+    dashboard = int(head.url.rpartition(":")[2])
+    assert {address.ip for address in listening if address.port == dashboard} == {"127.0.0.1"}
+    agents = [address.ip for address in listening if address.port == head.agent_port]
+    assert agents
+    for ip in agents:
+        job = f"http://{ip}:{head.agent_port}/api/job_agent/jobs/none"
+        statuses = [head.request(token, job, "DELETE") for token in (None, "0" * 64, head.token)]
+        assert statuses[:2] == [401, 403]
+        assert statuses[2] not in (401, 403)
 
 
 def test_a_job_runs_the_submitted_code_and_leaves_the_rest_behind(head):
@@ -195,7 +222,7 @@ def test_a_stage_runs_on_workers_of_the_cluster(head, tmp_path):
     result = head.submit("gream", "index", *overrides, f"run_folder={run}", "index.distributed=true")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "succeeded" in result.stdout
-    assert (run / "index" / "manifest.json").exists()
+    assert len(SemanticIdIndex.load(run / "index")) == 24
 
 
 def test_bad_input_fails_the_job_and_says_why(head):
@@ -217,10 +244,37 @@ def test_a_stopped_job_may_finish_its_step(head):
         "submit", "--working-dir", ".", "--no-wait", "--submission-id=stops", "--", "python", "-c", step
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    deadline = time.monotonic() + PATIENCE
-    while "step begun\n" not in (logs := head.job("logs", "stops").stdout):
-        assert time.monotonic() < deadline, logs
+    wait_until(lambda: "step begun\n" in head.job("logs", "stops").stdout, lambda: head.job("logs", "stops").stdout)
     stopped = head.job("stop", "stops")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert "state written" in head.job("logs", "stops").stdout
     assert "STOPPED" in head.job("status", "stops").stdout.upper()
+
+
+def test_a_stopped_training_leaves_a_state_to_go_on_from_and_no_process(head, supervised, tmp_path):
+    shutil.copy(ROOT / "tests" / "reward_functions.py", head.source)  # travels with the job, as a user's own would
+    training = TrainRun(supervised, tmp_path, "train.steps=3")
+    command = ["gream", "train", *training.overrides]
+    submitted = head.job("submit", "--working-dir", ".", "--no-wait", "--submission-id=train", "--", *command)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    wait_until(lambda: training.reached(1), lambda: head.job("logs", "train").stdout)
+    (learner,) = head.running("ray::LearnerRank")
+    learner.suspend()  # the command for the stop takes longer than a step
+    assert [part for part in TRAINING if not head.running(part)] == []
+    stopped = head.job("stop", "train", "--no-wait")
+    learner.resume()
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+
+    def left():
+        return [part for part in TRAINING if head.running(part)]
+
+    wait_until(lambda: not left(), left)
+    wait_until(lambda: "STOPPED" in head.job("status", "train").stdout.upper(), lambda: head.job("status", "train"))
+    assert [run.info.status for run in training.tracked()] == ["KILLED", "KILLED"]
+    logs = head.job("logs", "train").stdout
+    (step,) = re.findall(r"stopped after step (\d+); give the same command again", logs)
+    assert (training.folder_of(int(step)) / "manifest.json").exists(), "the step was finished and its state written"
+    again = head.submit(*command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"goes on after step {step}" in again.stdout
+    assert [run.info.status for run in training.tracked()] == ["FINISHED", "FINISHED"]

@@ -91,7 +91,7 @@ def test_without_staleness_the_run_is_the_synchronous_algorithm_bit_for_bit(tiny
             members = [(next(i for i, b in enumerate(batches) if b is group[0]), group[1]) for group in groups]
             offsets = np.arange(len(groups) + 1) * train.responses
             actors.learner.update(
-                members, RaggedArray(advantages_R.numpy(), offsets), [ray.put(batch) for batch in batches]
+                np.array(members), RaggedArray(advantages_R.numpy(), offsets), [ray.put(batch) for batch in batches]
             )
             actors.engines.wait(actors.send_weights())
         by_hand = weights(actors)

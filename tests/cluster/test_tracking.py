@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.models import Model
@@ -211,8 +212,11 @@ def test_a_driver_that_is_killed_leaves_a_failed_run_and_goes_on_with_it(setting
     killed = wait_for(lambda: stage_run(settings, status="FAILED", steps=50))
     driver = Driver(settings)
     driver.log(30, 80)  # the steps since its last state are done again
+    (sender,) = psutil.Process(driver.process.pid).children()
+    sender.send_signal(signal.SIGTERM)  # `ray job stop` sends its signal to every process of the job
     driver.process.send_signal(signal.SIGINT)
     driver.process.wait(DEADLINE)
+    assert not sender.is_running()
     assert stage_run(settings).info.status == "KILLED"
     driver = Driver(settings)
     driver.log(75, 100)
