@@ -211,7 +211,7 @@ def benchmark(
             table.add_column(column, justify="right")
         for name, job in jobs.items():
             first = job.metrics("train/reward", 1)["train/reward"]
-            last = job.metrics("probe/both_modes/after", settings.train.steps)["probe/both_modes/after"]
+            last = job.metrics("probe/both modes/after", settings.train.steps)["probe/both modes/after"]
             difference = job.largest_weight_difference(alone)
             table.add_row(name, str(sum(job.groups)), f"{first:.5f}", f"{last:.5f}", f"{difference:.2e}")
             report += [
