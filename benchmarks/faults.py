@@ -48,7 +48,7 @@ KINDS = (*ACTORS, "node")
 EARLIER = {"index": "index", "corpus": "corpus", "sft": "sft"}
 STEPS_PER_FAULT = 1.3  # a fault is over when the next step begins, and some steps are to be undisturbed
 CLOSE = 1e-3  # of metrics of the first step on three nodes and on one
-UNLIKE = ("seconds/", "responses_per_second")  # metrics that say how fast a machine is
+UNLIKE = ("seconds/", "per_second")  # metrics that say how fast a machine is
 OVERRIDES = ["train.dump_rollouts=true", "train.checkpoint_steps=2", "cluster.reward_cpus=1", "tracking.sample_steps=0"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
