@@ -157,4 +157,4 @@ class Training(TrainRun):
 
     def processes(self, name):
         """Actors of a class that run now."""
-        return [child for child in self.children() if child.name().startswith(f"ray::{name}")]
+        return [child for child in self.children() if command_of(child).startswith(f"ray::{name}")]
