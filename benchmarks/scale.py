@@ -70,6 +70,7 @@ def benchmark(
 
         fleets = [measured(f"{count} engines", count, prompts * count, budget) for count in engines]
         console.print(report_table("SIMULATED fleet, real driver: a step by the number of engines", fleets))
+        batches: list[Outcome] = []
         if batch_engines:
             count, some = batch_engines, prompts * batch_engines
             batches = [
@@ -80,14 +81,9 @@ def benchmark(
             console.print(report_table("SIMULATED fleet, real driver: a step by the size of its batch", batches))
     if json_file is not None:
         write_report(json_file, report)
-    failed = [f"{one.subject}: {one.problem}" for one in report_failures(fleets, batches if batch_engines else [])]
+    failed = [f"{one.subject}: {one.problem}" for one in (*fleets, *batches) if not one.numbers]
     if failed:
         raise SystemExit("; ".join(failed))
-
-
-def report_failures(*parts: list[Outcome]) -> list[Outcome]:
-    """Those without numbers."""
-    return [outcome for part in parts for outcome in part if not outcome.numbers]
 
 
 def report_table(title: str, outcomes: list[Outcome]) -> Table:
