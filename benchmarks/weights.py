@@ -3,8 +3,8 @@
     python -m benchmarks.weights [--model 8M]... [--repeats N] [--json FILE]
 
 Learner and engine are the actors of the train stage on one checkpoint with random weights. `ours` is the loop's own
-transfer, here in chunks of 64 MiB: the learner's weights into the object store, and from there into the engine, which packs
-its layers. `one call per parameter` sends each tensor in a call of its own and has the engine take them over at the
+transfer, here in chunks of 64 MiB: the learner's weights into the object store, and from there into the engine, which
+packs its layers. `one call per parameter` sends each tensor in a call of its own and has the engine take them over at the
 end. `memory copy` copies the same bytes once within a process: the floor.
 """
 
