@@ -4,8 +4,8 @@
 
 Learner and engine are the actors of the train stage on one checkpoint with random weights. `ours` is the loop's own
 transfer, here in chunks of 64 MiB: the learner's weights into the object store, and from there into the engine, which
-packs its layers. `one call per parameter` sends each tensor in a call of its own and has the engine take them over at the
-end. `memory copy` copies the same bytes once within a process: the floor.
+packs its layers. `one call per parameter` sends each tensor in a call of its own and has the engine take them over at
+the end. `memory copy` copies the same bytes once within a process: the floor.
 """
 
 from __future__ import annotations
