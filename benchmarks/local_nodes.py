@@ -61,7 +61,7 @@ class LocalNodes:
         try:
             self._start(
                 cpus[0],
-                ["--head", f"--port={port}", f"--temp-dir={self.folder}", f"--include-dashboard={dashboard}".lower(),
+                ["--head", f"--port={port}", f"--include-dashboard={dashboard}".lower(),
                  f"--dashboard-port={dashboard_port}"],
             )  # fmt: skip
             for count in cpus[1:]:
@@ -122,7 +122,10 @@ class LocalNodes:
             inside = ["ip", "netns", "exec", f"{self.name}-{number}"]
         command = [
             *inside, str(Path(sys.executable).with_name("ray")), "start", "--block", f"--num-cpus={cpus:g}", *arguments,
-            f"--node-ip-address={host}", "--disable-usage-stats", f"--object-store-memory={256 * 2**20}",
+            # As on machines, each has a folder of its own: a node that comes unpacks a job's files, and where another
+            # had them already, its actors would lose their working directory.
+            f"--temp-dir={self.folder}/{number}", f"--node-ip-address={host}", "--disable-usage-stats",
+            f"--object-store-memory={256 * 2**20}",
         ]  # fmt: skip
         log = Path(self.folder) / f"start-{time.monotonic_ns()}.log"
         with log.open("wb") as output:

@@ -1,4 +1,4 @@
-"""The command line: `gream data | index | corpus | sft | train | evaluate | run | plan | status | track`."""
+"""The command line: `gream data | index | corpus | sft | train | evaluate | run | report | plan | status | track`."""
 
 from __future__ import annotations
 
@@ -170,6 +170,18 @@ def status(run_folder: Annotated[Path, typer.Argument(help="The run folder.")]) 
     from cluster.run_status import show_status
 
     show_status(run_folder)
+
+
+@app.command("report")
+def report(
+    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders that were evaluated.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
+) -> None:
+    """One report on evaluated runs; those that differ in their seed alone count as one variant."""
+    from cluster.run_report import write_report
+
+    for file in write_report(run_folders, output):
+        console.print(f"report: {file}", highlight=False)
 
 
 @app.command("plan")

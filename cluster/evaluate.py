@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +23,41 @@ from cluster.rollout_engines import RolloutEngines, prompt_order
 from cluster.settings import Settings
 from cluster.tracking import Tracker
 from curriculum.corpus import Corpus
-from evaluation.baselines import rank_unseen, tuned_baselines
-from evaluation.metrics import pass_at_k, ranking_metrics
+from evaluation.baselines import rank_unseen
+from evaluation.comparison import as_records, compare, comparisons_markdown
+from evaluation.metrics import pass_at_k
 from evaluation.ranking import merge_chains
+from evaluation.results import SHOWN_METRICS, SystemResult, ranking_result, results_markdown, write_rankings
+from evaluation.tuned_baselines import tuned_baselines
 from item_index.constraint import MODES
 from item_index.ragged import RaggedArray
 from learner.rollouts import RolloutBatch, RolloutPrompts
 from rewards.chains import chain_metrics
 
-SHOWN_METRICS = ("recall@1", "recall@5", "recall@10", "recall@50", "ndcg@5", "ndcg@10", "coverage@10", "valid_rate")
-
-
-@dataclass(frozen=True)
-class ModeResult:
-    """One row of the results: metrics, ranked items [users, K], and the chains for reasoning."""
-
-    metrics: dict[str, float]
-    ranked_UK: np.ndarray
-    chains: RolloutBatch | None = None
-
 
 def run_evaluate(
     settings: Settings, corpus: Corpus, index_folder: Path, checkpoints: dict[str, Path], folder: Path, tracker: Tracker
 ) -> dict[str, dict[str, float]]:
-    """Evaluate checkpoints by stage (`sft`, `srpo`); writes `results.json`, `results.md` and `examples.md`."""
+    """Evaluate checkpoints by stage (`sft`, `srpo`) beside the baselines.
+
+    Writes `results.json`, `comparisons.json`, both as tables in `results.md`, `rankings.parquet` and `examples.md`.
+    """
     evaluation, cluster = settings.evaluation, settings.cluster
     source = PromptSource(corpus, reasoning_budget=settings.train.reasoning_budget, exclude_seen=True)
     users = np.sort(np.random.default_rng([settings.seed, 6]).permutation(len(corpus.sequences))[: evaluation.users])
     positions = source.evaluation_positions(evaluation.part)[users]
     direct = source.prompts(positions, ["direct"] * len(positions))
     reasoning = source.prompts(positions, ["reasoning"] * len(positions))
-    results: dict[str, ModeResult] = {}
-    for name, ranked in baseline_rankings(settings, corpus, users, direct).items():
-        results[name] = ModeResult(list_metrics(ranked, direct, len(corpus.index)), ranked)
+    interactions_I = corpus.sequences.train_matrix(len(corpus.index)).sum(axis=0)
 
+    def measured(ranked_UK: np.ndarray) -> SystemResult:
+        return ranking_result(
+            ranked_UK, direct.targets, direct.excluded, interactions_I, cold_share=evaluation.cold_share
+        )
+
+    results = {name: measured(ranked) for name, ranked in baseline_rankings(settings, corpus, direct).items()}
+    baselines = list(results)
+    chains: RolloutBatch | None = None
     searches = ("direct" in evaluation.modes) + ("reasoning" in evaluation.modes) * evaluation.chains
     work = len(checkpoints) * (-(-len(users) // evaluation.batch_users)) * searches
     index = str(index_folder.resolve())
@@ -72,7 +73,7 @@ def run_evaluate(
             model = str(checkpoint.resolve())
             ranker = RankingActor.options(num_cpus=0, **threads).remote(model, index, threads=cluster.threads)
             if "direct" in evaluation.modes:
-                results[f"direct_{stage}"] = direct_result(settings, direct, ranker, len(corpus.index), bar)
+                results[f"direct_{stage}"] = measured(direct_rankings(settings, direct, ranker, bar))
             if "reasoning" in evaluation.modes:
                 if engines is None or rewards is None:
                     rewards = RewardPool(settings, index, model)
@@ -80,43 +81,55 @@ def run_evaluate(
                     engines.wait_until_started()
                 else:  # one engine serves all checkpoints: its start costs more than a reload
                     engines.wait(engines.load_weights(model, version))
-                results[f"reasoning_{stage}"] = reasoning_result(
-                    settings, reasoning, engines, rewards, ranker, corpus, bar
-                )
+                ranked, metrics, chains = reasoning_rankings(settings, reasoning, engines, rewards, ranker, corpus, bar)
+                result = measured(ranked)
+                # A merged list may hold fewer items than asked for; a sampled answer is valid when it is an item.
+                metrics["list_fill"] = result.metrics["valid_rate"]
+                results[f"reasoning_{stage}"] = replace(result, metrics=result.metrics | metrics)
             ray.kill(ranker)
 
-    metrics = {name: result.metrics for name, result in results.items()}
+    compared = compare(
+        {name: result.measures for name, result in results.items()},
+        compared_pairs(list(checkpoints), evaluation.modes, baselines), seed=settings.seed,
+    )  # fmt: skip
+    table = {name: result.metrics for name, result in results.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(metrics, indent=2))
-    console.print(results_table(metrics, len(users), evaluation.part))
-    (folder / "results.md").write_text(results_markdown(metrics))
-    examples = example_recommendations(corpus, reasoning, results, evaluation.examples)
+    (folder / "results.json").write_text(json.dumps(table, indent=2))
+    (folder / "comparisons.json").write_text(json.dumps(as_records(compared), indent=2))
+    (folder / "results.md").write_text(f"{results_markdown(table)}\n{comparisons_markdown(compared)}")
+    write_rankings(
+        folder / "rankings.parquet", {name: result.ranked_UK for name, result in results.items()}, direct.targets,
+        [corpus.sequences.user_ids[user] for user in users], corpus.catalogue.item_ids,
+    )  # fmt: skip
+    console.print(results_table(table, len(users), evaluation.part))
+    examples = example_recommendations(corpus, reasoning, results, chains, evaluation.examples)
     (folder / "examples.md").write_text(examples)
     console.print(examples, markup=False, highlight=False)
-    for name, values in metrics.items():
+    for name, values in table.items():
         tracker.metrics({f"{name}/{metric}": value for metric, value in values.items()})
-    for file in ("results.json", "results.md", "examples.md"):
+    for file in ("results.json", "comparisons.json", "results.md", "rankings.parquet", "examples.md"):
         tracker.file(folder / file)
-    return metrics
+    return table
 
 
-def baseline_rankings(
-    settings: Settings, corpus: Corpus, users: np.ndarray, prompts: RolloutPrompts
-) -> dict[str, np.ndarray]:
+def compared_pairs(stages: list[str], modes: Sequence[str], baselines: list[str]) -> list[tuple[str, str]]:
+    """(system, against): each mode of the last checkpoint against those before it and against every baseline."""
+    *earlier, last = stages
+    pairs = []
+    for mode in modes:
+        pairs += [(f"{mode}_{last}", against) for against in (*(f"{mode}_{stage}" for stage in earlier), *baselines)]
+    return pairs
+
+
+def baseline_rankings(settings: Settings, corpus: Corpus, prompts: RolloutPrompts) -> dict[str, np.ndarray]:
     """Ranked items of the tuned baselines for the evaluated users."""
-    seen = list(prompts.excluded)
-    models = tuned_baselines(corpus.sequences, len(corpus.index), part=settings.evaluation.part)
+    evaluation, histories = settings.evaluation, list(prompts.excluded)
+    models = tuned_baselines(
+        corpus.sequences, len(corpus.index), names=evaluation.baselines, part=evaluation.part, seed=settings.seed
+    )
     return {
-        name: rank_unseen(model.scores(seen), seen, settings.evaluation.beam_width) for name, model in models.items()
+        name: rank_unseen(model.scores(histories), histories, evaluation.beam_width) for name, model in models.items()
     }
-
-
-def list_metrics(ranked_UK: np.ndarray, prompts: RolloutPrompts, items: int) -> dict[str, float]:
-    """Ranking metrics, and the share of the list's places that hold an item of the catalogue which was not seen."""
-    expected = np.minimum(ranked_UK.shape[1], items - prompts.excluded.lengths)
-    fresh = [np.setdiff1d(ranked[ranked >= 0], seen) for ranked, seen in zip(ranked_UK, prompts.excluded, strict=True)]
-    valid = float(sum(len(row) for row in fresh) / expected.sum())
-    return {**ranking_metrics(ranked_UK, prompts.targets, items=items), "valid_rate": valid}
 
 
 def ranked_in_batches(
@@ -139,15 +152,13 @@ def ranked_in_batches(
     return np.concatenate(items)[back], np.concatenate(scores)[back]
 
 
-def direct_result(settings: Settings, prompts: RolloutPrompts, ranker: Any, items: int, bar: Bar) -> ModeResult:
+def direct_rankings(settings: Settings, prompts: RolloutPrompts, ranker: Any, bar: Bar) -> np.ndarray:
     """Direct mode: one beam search per user."""
-    ranked, _ = ranked_in_batches(
-        settings, ranker, prompts.tokens, prompts.excluded, "direct", settings.evaluation.beam_width, bar.advance
-    )
-    return ModeResult(list_metrics(ranked, prompts, items), ranked)
+    width = settings.evaluation.beam_width
+    return ranked_in_batches(settings, ranker, prompts.tokens, prompts.excluded, "direct", width, bar.advance)[0]
 
 
-def reasoning_result(
+def reasoning_rankings(
     settings: Settings,
     prompts: RolloutPrompts,
     engines: RolloutEngines,
@@ -155,8 +166,11 @@ def reasoning_result(
     ranker: Any,
     corpus: Corpus,
     bar: Bar,
-) -> ModeResult:
-    """Reasoning mode: M chains per user by vLLM, a beam after each chain's `<answer>`, merged over the chains."""
+) -> tuple[np.ndarray, dict[str, float], RolloutBatch]:
+    """Reasoning mode: M chains per user by vLLM, a beam after each chain's `<answer>`, merged over the chains.
+
+    Ranked items [users, K], metrics of the sampled responses, and these.
+    """
     evaluation, chains = settings.evaluation, settings.evaluation.chains
     seeds = prompt_seeds(settings.seed, 0, len(prompts))
     calls = engines.generate(prompts, responses=chains, seeds=seeds, temperature=1.0)
@@ -175,11 +189,8 @@ def reasoning_result(
         evaluation.chain_beam_width, bar.advance,
     )  # fmt: skip
     ranked, _ = merge_chains(items_CK, scores_CK, user_of_chain, users=len(prompts), width=evaluation.beam_width)
-    metrics = list_metrics(ranked, prompts, len(corpus.index))
-    # A merged list may hold fewer items than asked for; what counts here is that every sampled answer is an item.
-    metrics["list_fill"] = metrics["valid_rate"]
-    metrics["valid_rate"] = float(scores.valid.mean())
-    metrics |= {
+    metrics = {
+        "valid_rate": float(scores.valid.mean()),
         "well_formed_rate": float(scores.well_formed.mean()),
         "forced_close_rate": float(scores.forced.mean()),
         "response_tokens": float(scores.lengths.mean()),
@@ -188,7 +199,7 @@ def reasoning_result(
     figures = chain_metrics(scores.chains, minimum_think_tokens=settings.train.minimum_think_tokens)
     metrics |= {f"chains/{name}": value for name, value in figures.items()}
     metrics |= {f"pass@{k}": pass_at_k(scores.hits.reshape(-1, chains), k) for k in (1, 5, 10) if k <= chains}
-    return ModeResult(metrics, ranked, batch)
+    return ranked, metrics, batch
 
 
 def results_table(metrics: dict[str, dict[str, float]], users: int, part: str) -> Table:
@@ -202,21 +213,12 @@ def results_table(metrics: dict[str, dict[str, float]], users: int, part: str) -
     return table
 
 
-def results_markdown(metrics: dict[str, dict[str, float]]) -> str:
-    """The same table in Markdown."""
-    lines = ["| | " + " | ".join(SHOWN_METRICS) + " |", "|---" * (len(SHOWN_METRICS) + 1) + "|"]
-    for mode, values in metrics.items():
-        lines.append(
-            f"| {mode} | " + " | ".join(f"{values.get(name, float('nan')):.4f}" for name in SHOWN_METRICS) + " |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def example_recommendations(corpus: Corpus, prompts: RolloutPrompts, results: dict[str, ModeResult], count: int) -> str:
+def example_recommendations(
+    corpus: Corpus, prompts: RolloutPrompts, results: dict[str, SystemResult], chains: RolloutBatch | None, count: int
+) -> str:
     """Some users' latest items, true next item, and the last checkpoint's list in each mode, with the first chain."""
     titles = corpus.catalogue.titles
     shown = {name.partition("_")[0]: result for name, result in results.items() if name.startswith(MODES)}
-    chains = shown["reasoning"].chains if "reasoning" in shown else None
     parts = []
     for user in range(min(count, len(prompts))):
         lines = [

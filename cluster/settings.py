@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from cluster.data_settings import CorpusSettings, DataSettings, IndexSettings
 from cluster.learning_settings import ModelSettings, SupervisedSettings, TrainSettings
 from cluster.section import Section
+from evaluation.baselines import COUNTING_BASELINES, BaselineName
 from item_index.constraint import MODES, Mode
 from item_index.input_error import InputError
 
@@ -25,6 +26,13 @@ class EvaluationSettings(Section):
     )  # fmt: skip
     modes: tuple[Mode, ...] = Field(
         MODES, min_length=1, description="Inference modes; without reasoning no rollout engine is started."
+    )
+    baselines: tuple[BaselineName, ...] = Field(
+        COUNTING_BASELINES,
+        description="Recommenders to compare with, tuned on the validation targets; sasrec and gru4rec take minutes.",
+    )
+    cold_share: float = Field(
+        0.5, ge=0, le=1, description="Share of the catalogue, fewest interactions first, whose items count as cold."
     )
     users: int | None = Field(None, ge=1, description="Users to evaluate, drawn by the seed; all when null.")
     beam_width: int = Field(50, ge=50, description="Beams of direct mode, and length of the ranked lists.")
@@ -181,6 +189,10 @@ class Settings(Section):
         """The settings as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def flat(self) -> dict[str, str]:
+        """Every setting as a line: its path with dots, and its value."""
+        return _flat(self.model_dump(mode="json"))
+
 
 def load_settings(file: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
     """Settings from a YAML file (defaults without one) and `key.path=value` overrides, values read as YAML.
@@ -216,6 +228,13 @@ def load_settings(file: str | Path | None, overrides: Sequence[str] = ()) -> Set
         return Settings.model_validate(values)
     except ValidationError as error:
         raise InputError(_explain(error), file=file, remedy="See `gream run --dry-run` for all keys.") from None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return flat
 
 
 def _explain(error: ValidationError) -> str:

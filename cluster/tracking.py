@@ -151,7 +151,7 @@ class CommandTracking:
         tags = {**self._tags, **tags, "gream.fingerprint": fingerprint}
         self._append("run", run=key, name=title, parent=self._command, tags=tags)
         if not goes_on:  # of a run that goes on, what it depends on is the same, and MLflow does not change the rest
-            self._append("parameters", run=key, values=_flat(self.settings.model_dump(mode="json")))
+            self._append("parameters", run=key, values=self.settings.flat())
         parent, self._command = self._command, self._command or key
         try:
             yield Tracker(self._journal, key, logged)
@@ -306,13 +306,3 @@ def _commit() -> dict[str, str]:
 def _settings_hash(settings: Settings, code: str) -> str:
     values = settings.model_dump(mode="json", exclude={"tracking"})
     return hashlib.sha256(json.dumps([code, values], sort_keys=True).encode()).hexdigest()
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat

@@ -1,22 +1,18 @@
-"""Counting baselines that a trained recommender has to beat, tuned fairly."""
+"""Counting baselines that a trained recommender has to beat, and the ranking of their scores."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self
 
 import numpy as np
 from scipy import sparse
 
-from curriculum.interactions import UserSequences
-from evaluation.metrics import ranking_metrics
 from item_index.ragged import RaggedArray
 
+BaselineName = Literal["popularity", "markov", "item_knn", "sasrec", "gru4rec"]
+COUNTING_BASELINES: tuple[BaselineName, ...] = ("popularity", "markov", "item_knn")
 LAST_ITEMS = 20
-TUNING_CUTOFF = 10
-_USERS_AT_A_TIME = 1024
 
 
 class Baseline(Protocol):
@@ -135,56 +131,6 @@ def rank_unseen(scores_UI: np.ndarray, seen: list[np.ndarray], k: int) -> np.nda
     out = np.take_along_axis(masked_UI, best_UK, axis=1) == -np.inf
     ranked_UK[:, : best_UK.shape[1]] = np.where(out, -1, best_UK)
     return ranked_UK
-
-
-def tuned_baselines(
-    sequences: UserSequences,
-    items: int,
-    *,
-    part: Literal["test", "validation"] = "test",
-    windows: Sequence[int] = (1, 2, 3, 5, 8, 12),
-    neighbours: Sequence[int] = (50, 200, 1000),
-    shrinks: Sequence[float] = (0.0, 10.0),
-    decays: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8),
-) -> dict[str, Baseline]:
-    """Baselines ready to rank the targets of `part`: `popularity`, `markov`, `item_knn`.
-
-    The hyper-parameters with the highest ndcg@10 on the validation targets are taken (the first of equal ones), with
-    baselines fitted on the train parts and the train part as the history. For `part="test"` the baselines are then
-    fitted anew on everything before the test targets, train part and validation item: that is what is known by then,
-    and it is the history from which the test target has to be ranked. For `part="validation"` they stay fitted on the
-    train parts; their figures are then the best of the grid, hence a little too good. Test targets are never looked at.
-    """
-    users = range(len(sequences))
-    train = [sequences.train(user) for user in users]
-    targets_U = np.array([sequences.sequence(user)[-2] for user in users])
-    window = max(windows, key=lambda size: _ndcg(MarkovChain(size).fit(train, items), train, targets_U, items))
-    chosen, highest = ItemKNearestNeighbours(), -1.0
-    for size, shrink in itertools.product(neighbours, shrinks):
-        fitted = ItemKNearestNeighbours(size, shrink).fit(train, items)
-        for decay in decays:
-            fitted.decay = decay  # plays no part in fitting
-            ndcg = _ndcg(fitted, train, targets_U, items)
-            if ndcg > highest:
-                chosen, highest = ItemKNearestNeighbours(size, shrink, decay), ndcg
-    known = train if part == "validation" else [sequences.sequence(user)[:-1] for user in users]
-    return {
-        "popularity": Popularity().fit(known, items),
-        "markov": MarkovChain(window).fit(known, items),
-        "item_knn": chosen.fit(known, items),
-    }
-
-
-def _ndcg(baseline: Baseline, histories: list[np.ndarray], targets_U: np.ndarray, items: int) -> float:
-    """ndcg@10 of the unseen items; some users at a time, so that memory does not grow with their number."""
-    ranked = []
-    for start in range(0, len(histories), _USERS_AT_A_TIME):
-        part = histories[start : start + _USERS_AT_A_TIME]
-        ranked.append(rank_unseen(baseline.scores(part), part, TUNING_CUTOFF))
-    metrics = ranking_metrics(
-        np.concatenate(ranked), targets_U, items=items, cutoffs_recall=(TUNING_CUTOFF,), cutoffs_ndcg=(TUNING_CUTOFF,)
-    )
-    return metrics[f"ndcg@{TUNING_CUTOFF}"]
 
 
 def _recency_weights(histories: list[np.ndarray], items: int, decay: float) -> sparse.csr_array:

@@ -6,28 +6,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-COVERAGE_CUTOFF = 10
+CUTOFFS = (1, 5, 10, 20, 50)
 
 
-def ranking_metrics(
-    ranked_UK: np.ndarray,
-    targets_U: np.ndarray,
-    *,
-    items: int,
-    cutoffs_recall: Sequence[int] = (1, 5, 10, 50),
-    cutoffs_ndcg: Sequence[int] = (5, 10),
-) -> dict[str, float]:
-    """Means over users: `recall@k`, `ndcg@k`, `mrr`, and `coverage@10` over all users together.
+def ranking_measures(
+    ranked_UK: np.ndarray, targets_U: np.ndarray, *, items: int, cutoffs: Sequence[int] = CUTOFFS
+) -> dict[str, np.ndarray]:
+    """Measures of each user's list, float64 [users]: `recall@k` and `ndcg@k` for each cutoff, and `mrr`.
 
-    With one target at place p of a list (from 1), recall@k is 1 for p <= k, ndcg@k is 1 / log2(p + 1) for p <= k, the
-    reciprocal rank is 1 / p, and all are 0 where the list lacks the target: `mrr` is cut at K as well. coverage@10 is
-    the number of distinct items in all top-10 lists over `items`.
+    With one target at place p of a list (from 1), recall@k is 1 for p <= k (and equals the hit rate), ndcg@k is
+    1 / log2(p + 1) for p <= k, the reciprocal rank `mrr` is 1 / p, and all are 0 where the list lacks the target: `mrr`
+    is cut at K as well. Their means over users are the metrics of these names.
 
     Args:
         ranked_UK: integers [users, K], item rows from best to worst, -1 after the end of a shorter list.
         targets_U: integers [users], item rows.
         items: size of the catalogue.
-        cutoffs_recall, cutoffs_ndcg: places k, at most K unless K lists the whole catalogue.
+        cutoffs: places k, at most K unless K lists the whole catalogue.
 
     Raises:
         ValueError: no users, shapes that do not fit, rows outside the catalogue, an item after a list's end, a repeated
@@ -35,22 +30,21 @@ def ranking_metrics(
     """
     ranked_UK, targets_U = np.asarray(ranked_UK), np.asarray(targets_U)
     _check_lists(ranked_UK, targets_U, items)
-    deepest = max((COVERAGE_CUTOFF, *cutoffs_recall, *cutoffs_ndcg))
-    if min((COVERAGE_CUTOFF, *cutoffs_recall, *cutoffs_ndcg)) < 1:
+    if min(cutoffs) < 1:
         raise ValueError("cutoffs start at 1")
-    if ranked_UK.shape[1] < min(deepest, items):
-        raise ValueError(f"lists of {ranked_UK.shape[1]} items cannot be measured at {deepest}; rank more items")
+    if ranked_UK.shape[1] < min(max(cutoffs), items):
+        raise ValueError(f"lists of {ranked_UK.shape[1]} items cannot be measured at {max(cutoffs)}; rank more items")
 
     hit_UK = ranked_UK == targets_U[:, None]
-    found_U = hit_UK.any(axis=1)
-    place_U = hit_UK.argmax(axis=1) + 1  # of no meaning where the target was not found
-    metrics = {f"recall@{k}": float(np.mean(found_U & (place_U <= k))) for k in cutoffs_recall}
-    for k in cutoffs_ndcg:
-        metrics[f"ndcg@{k}"] = float(np.mean(np.where(found_U & (place_U <= k), 1 / np.log2(place_U + 1), 0.0)))
-    metrics["mrr"] = float(np.mean(np.where(found_U, 1 / place_U, 0.0)))
-    shown = np.unique(ranked_UK[:, :COVERAGE_CUTOFF])
-    metrics[f"coverage@{COVERAGE_CUTOFF}"] = float(np.count_nonzero(shown >= 0) / items)
-    return metrics
+    return place_measures(np.where(hit_UK.any(axis=1), hit_UK.argmax(axis=1) + 1.0, np.inf), cutoffs)
+
+
+def place_measures(place_U: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, np.ndarray]:
+    """`ranking_measures` of targets at these places of their lists, from 1; infinity where a list lacks its target."""
+    measures = {f"recall@{k}": (place_U <= k).astype(np.float64) for k in cutoffs}
+    for k in cutoffs:
+        measures[f"ndcg@{k}"] = np.where(place_U <= k, 1 / np.log2(place_U + 1), 0.0)
+    return {**measures, "mrr": 1 / place_U}
 
 
 def _check_lists(ranked_UK: np.ndarray, targets_U: np.ndarray, items: int) -> None:

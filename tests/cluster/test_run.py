@@ -13,6 +13,7 @@ from small_tables import write_tables
 
 from cluster.pipeline import STAGES, replay_rollouts, run_stages
 from cluster.rollout_report import rollout_report
+from cluster.run_report import write_report
 from cluster.run_status import show_status
 from cluster.settings import load_settings
 from curriculum.corpus import load_corpus
@@ -47,7 +48,17 @@ def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
     }  # fmt: skip
     for values in results.values():
         assert values["valid_rate"] == 1.0
-        assert {"recall@10", "ndcg@10"} <= set(values)
+        assert {"recall@10", "ndcg@50", "entropy@10", "recall@10/warm"} <= set(values)
+    compared = json.loads((settings.folder / "evaluation" / "comparisons.json").read_text())
+    baselines = ["popularity", "markov", "item_knn"]
+    assert list(dict.fromkeys((row["system"], row["against"]) for row in compared)) == [
+        (f"{mode}_srpo", against) for mode in ("direct", "reasoning") for against in (f"{mode}_sft", *baselines)
+    ]
+    difference = results["direct_srpo"]["ndcg@10"] - results["direct_sft"]["ndcg@10"]
+    (row,) = (row for row in compared if (row["measure"], row["against"]) == ("ndcg@10", "direct_sft"))
+    assert row["difference"] == pytest.approx(difference)
+    _, html = write_report([settings.folder], settings.folder / "report")  # reads rankings, metrics and curves
+    assert html.read_text().count("data:image/png") >= 4
     summary = json.loads((settings.folder / "corpus" / "summary.json").read_text())
     for stage in ("sft", "srpo"):  # the same figures for the teacher's chains and for the models'
         figures = {name.removeprefix("chains/") for name in results[f"reasoning_{stage}"] if name.startswith("chains/")}

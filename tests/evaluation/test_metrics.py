@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
-from evaluation.metrics import paired_bootstrap, pass_at_k, ranking_metrics
+from evaluation.metrics import CUTOFFS, paired_bootstrap, pass_at_k, ranking_measures
 
 # Four users over 12 items: target first, third, eleventh (beyond every cutoff below 12), and not in a short list.
 RANKED = np.array(
@@ -24,22 +25,24 @@ TARGETS = np.zeros(4, dtype=np.int64)
 
 
 def test_hand_vectors() -> None:
-    metrics = ranking_metrics(RANKED, TARGETS, items=12)
-    assert metrics["recall@1"] == 0.25
-    assert metrics["recall@5"] == metrics["recall@10"] == 0.5
-    assert metrics["recall@50"] == 0.75
-    assert metrics["ndcg@5"] == metrics["ndcg@10"] == pytest.approx((1 + 1 / math.log2(4)) / 4)
-    assert metrics["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 11) / 4)
-    assert metrics["coverage@10"] == pytest.approx(11 / 12)  # row 11 is never among the first ten
-    assert set(metrics) == {
-        *(f"recall@{k}" for k in (1, 5, 10, 50)), "ndcg@5", "ndcg@10", "mrr", "coverage@10"
-    }  # fmt: skip
+    measures = ranking_measures(RANKED, TARGETS, items=12)
+    for name, expected in {
+        "recall@1": [1, 0, 0, 0],
+        "recall@5": [1, 1, 0, 0],
+        "recall@10": [1, 1, 0, 0],
+        "recall@50": [1, 1, 1, 0],
+        "ndcg@1": [1, 0, 0, 0],
+        "ndcg@10": [1, 1 / 2, 0, 0],
+        "ndcg@20": [1, 1 / 2, 1 / math.log2(12), 0],
+        "mrr": [1, 1 / 3, 1 / 11, 0],
+    }.items():
+        np.testing.assert_allclose(measures[name], expected, err_msg=name)
+    assert set(measures) == {*(f"{name}@{k}" for name in ("recall", "ndcg") for k in CUTOFFS), "mrr"}
 
 
 def test_end_of_list_is_no_item() -> None:
-    ranked = np.full((1, 12), -1)
-    metrics = ranking_metrics(ranked, np.array([11]), items=12)
-    assert set(metrics.values()) == {0.0}
+    measures = ranking_measures(np.full((1, 12), -1), np.array([11]), items=12)
+    assert all((values == 0).all() for values in measures.values())
 
 
 @pytest.mark.parametrize(
@@ -55,44 +58,62 @@ def test_bad_list_names_the_user(user: int, place: int, item: int, problem: str)
     ranked = RANKED.copy()
     ranked[user, place] = item
     with pytest.raises(ValueError, match=problem):
-        ranking_metrics(ranked, TARGETS, items=12)
+        ranking_measures(ranked, TARGETS, items=12)
 
 
 def test_other_bad_input() -> None:
     with pytest.raises(ValueError, match="user 2: the target"):
-        ranking_metrics(RANKED, np.array([0, 0, 12, 0]), items=12)
+        ranking_measures(RANKED, np.array([0, 0, 12, 0]), items=12)
     with pytest.raises(ValueError, match="no users"):
-        ranking_metrics(RANKED[:0], TARGETS[:0], items=12)
+        ranking_measures(RANKED[:0], TARGETS[:0], items=12)
     with pytest.raises(ValueError, match="do not go with"):
-        ranking_metrics(RANKED, TARGETS[:3], items=12)
+        ranking_measures(RANKED, TARGETS[:3], items=12)
     with pytest.raises(ValueError, match="integers"):
-        ranking_metrics(RANKED.astype(float), TARGETS, items=12)
+        ranking_measures(RANKED.astype(float), TARGETS, items=12)
     # A target at place 13 would be lost without notice.
     with pytest.raises(ValueError, match="12 items cannot be measured at 50"):
-        ranking_metrics(RANKED, TARGETS, items=100)
+        ranking_measures(RANKED, TARGETS, items=100)
 
 
 @given(st.data())
-def test_agrees_with_a_loop(data: st.DataObject) -> None:
+def test_agrees_with_the_measures_of_scikit_learn(data: st.DataObject) -> None:
+    # Whole rankings, as scores; with one target the average precision of its label is its reciprocal rank.
+    items = data.draw(st.integers(3, 60))
+    users = data.draw(st.integers(1, 20))
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    ranked = np.array([generator.permutation(items) for _ in range(users)])
+    targets = generator.integers(items, size=users)
+    scores = np.empty((users, items))
+    np.put_along_axis(scores, ranked, np.arange(items, 0, -1.0)[None, :].repeat(users, axis=0), axis=1)
+    relevant = np.eye(items)[targets]
+    means = {name: values.mean() for name, values in ranking_measures(ranked, targets, items=items).items()}
+    for k in CUTOFFS:
+        assert means[f"ndcg@{k}"] == pytest.approx(ndcg_score(relevant, scores, k=k))
+        if k < items:  # at k of all classes and more the library warns
+            hits = top_k_accuracy_score(targets, scores, k=k, labels=np.arange(items))
+            assert means[f"recall@{k}"] == pytest.approx(hits)
+    assert means["mrr"] == pytest.approx(label_ranking_average_precision_score(relevant, scores))
+
+
+@given(st.data())
+def test_agrees_with_a_loop_where_lists_end_early(data: st.DataObject) -> None:
     items = data.draw(st.integers(1, 15))
     lists = data.draw(
         st.lists(st.tuples(st.permutations(range(items)), st.integers(0, items), st.integers(0, items - 1)), min_size=1)
     )
     ranked = np.array([[*order[:length], *[-1] * (items - length)] for order, length, _ in lists])
     targets = np.array([target for *_, target in lists])
-    metrics = ranking_metrics(ranked, targets, items=items)
+    measures = ranking_measures(ranked, targets, items=items)
     places = [
         list(order[:length]).index(target) + 1 if target in order[:length] else math.inf
         for order, length, target in lists
     ]
-    for k in (1, 5, 10, 50):
-        assert metrics[f"recall@{k}"] == pytest.approx(mean(place <= k for place in places))
-    for k in (5, 10):
-        gains = [1 / math.log2(place + 1) if place <= k else 0 for place in places]
-        assert metrics[f"ndcg@{k}"] == pytest.approx(mean(gains))
-    assert metrics["mrr"] == pytest.approx(mean(1 / place for place in places))
-    shown = {item for order, length, _ in lists for item in order[: min(length, 10)]}
-    assert metrics["coverage@10"] == pytest.approx(len(shown) / items)
+    for k in CUTOFFS:
+        np.testing.assert_allclose(measures[f"recall@{k}"], [place <= k for place in places])
+        np.testing.assert_allclose(
+            measures[f"ndcg@{k}"], [1 / math.log2(place + 1) if place <= k else 0 for place in places]
+        )
+    np.testing.assert_allclose(measures["mrr"], [1 / place for place in places])
 
 
 def test_pass_at_k_hand_vectors() -> None:
