@@ -8,7 +8,6 @@ ranks are those of the train stage, prompts come from its prompt source; only wh
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -86,15 +85,13 @@ def simulated_actors(settings: Any, processes: dict[str, list[Any]], calls: Coun
     def played(kind: str, number: int) -> LogicalActor:
         return LogicalActor(processes[kind][number % len(processes[kind])], number, calls)
 
-    workers = itertools.count()
-
     class Engines(RolloutEngines):
         def _start(self, number: int, placement: Any) -> LogicalActor:
             return played("engines", number)
 
     class Rewards(RewardPool):
-        def _start(self) -> LogicalActor:
-            return played("rewards", next(workers))
+        def _start(self, number: int) -> LogicalActor:
+            return played("rewards", number)
 
     class Ranks(LearnerRanks):
         def _start(self) -> None:
@@ -102,7 +99,7 @@ def simulated_actors(settings: Any, processes: dict[str, list[Any]], calls: Coun
 
     nowhere: Any = None
     return SrpoActors(
-        Ranks(nowhere, settings, "", ""), Engines(nowhere, settings, "", ""), Rewards(settings, "", ""),
+        Ranks(nowhere, settings, "", ""), Engines(nowhere, settings, "", ""), Rewards(nowhere, settings, "", ""),
         settings.cluster.weight_chunk_mib * 2**20,
     )  # fmt: skip
 

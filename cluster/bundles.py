@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cluster.settings import ClusterSettings
 
-ENGINE, LEARNER = "rollout engine", "learner rank"
+ENGINE, LEARNER, REWARD = "rollout engine", "learner rank", "reward worker"
 Resources = Mapping[str, float]
 
 
@@ -39,9 +39,10 @@ class Bundle:
         return f"{names} ({_amounts(self.resources)})"
 
 
-def bundles_of(cluster: ClusterSettings, *, engines: int, learner_ranks: int) -> list[Bundle]:
-    """The bundles of rollout engines and learner ranks: each its own, or with `cluster.colocated` pairs that share the
-    GPUs, half of them each, so that Ray gives both processes the same."""
+def bundles_of(cluster: ClusterSettings, *, engines: int, learner_ranks: int, reward_workers: int = 0) -> list[Bundle]:
+    """The bundles of rollout engines, learner ranks and reward workers: each its own, or with `cluster.colocated` pairs
+    of rank and engine that share the GPUs, half of them each, so that Ray gives both processes the same. Reward workers
+    without CPUs of their own (`cluster.reward_cpus`) have none."""
     gpus, paired = cluster.gpus_per_engine, min(engines, learner_ranks) if cluster.colocated else 0
 
     def rank(number: int, share: float) -> Process:
@@ -51,6 +52,10 @@ def bundles_of(cluster: ClusterSettings, *, engines: int, learner_ranks: int) ->
         *(Bundle((rank(number, gpus / 2), _engine(cluster, number, gpus / 2))) for number in range(paired)),
         *(Bundle((rank(number, gpus),)) for number in range(paired, learner_ranks)),
         *(engine_bundle(cluster, number) for number in range(paired, engines)),
+        *(
+            Bundle((Process(REWARD, number, cluster.reward_cpus, 0),))
+            for number in range(reward_workers if cluster.reward_cpus else 0)
+        ),
     ]
 
 
@@ -110,7 +115,8 @@ def _remedy(wanted: Resources, nodes: Sequence[Resources]) -> str:
 
 def _settings_of(resource: str) -> str:
     return {
-        "CPU": "cluster.learner_cpus, cluster.rollout_cpus, train.ranks or cluster.rollout_engines",
+        "CPU": "cluster.learner_cpus, cluster.rollout_cpus, cluster.reward_cpus, train.ranks, cluster.rollout_engines "
+        "or cluster.reward_workers",
         "GPU": "cluster.gpus_per_engine, cluster.tensor_parallel, train.ranks or cluster.rollout_engines",
     }.get(resource, resource)
 

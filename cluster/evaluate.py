@@ -64,7 +64,7 @@ def run_evaluate(
     threads = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cluster.threads)}}}
     with (
         ray_session(cluster),
-        placed(cluster, engines=cluster.rollout_engines) as placement,
+        placed(cluster, engines=cluster.rollout_engines, reward_workers=cluster.reward_workers) as placement,
         progress_bar("evaluate", work) as bar,
     ):
         engines: RolloutEngines | None = None
@@ -76,7 +76,7 @@ def run_evaluate(
                 results[f"direct_{stage}"] = measured(direct_rankings(settings, direct, ranker, bar))
             if "reasoning" in evaluation.modes:
                 if engines is None or rewards is None:
-                    rewards = RewardPool(settings, index, model)
+                    rewards = RewardPool(placement, settings, index, model)
                     engines = RolloutEngines(placement, settings, index, model)
                     engines.wait_until_started()
                 else:  # one engine serves all checkpoints: its start costs more than a reload

@@ -1,8 +1,9 @@
-"""Ray for one run: the connection, a placement group for learner ranks and rollout engines, calls with a deadline."""
+"""Ray for one run: the connection, a placement group for the actors with resources, calls with a deadline."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -56,8 +57,10 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        cpus = max(settings.learner_cpus + settings.rollout_engines * settings.rollout_cpus, os.cpu_count() or 1)
-        ray.init(num_cpus=int(cpus), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        engines, rewards = settings.rollout_engines, settings.reward_workers
+        wanted = settings.learner_cpus + engines * settings.rollout_cpus + rewards * settings.reward_cpus
+        cpus = max(math.ceil(wanted), os.cpu_count() or 1)
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         with stopping_by_signals():  # Ray has put a handler of its own in the place of ours
             yield
@@ -106,13 +109,15 @@ class Placement:
 
 
 @contextmanager
-def placed(cluster: ClusterSettings, *, engines: int = 1, learner_ranks: int = 0) -> Iterator[Placement]:
-    """Places for rollout engines and learner ranks, on as few nodes as they fit on.
+def placed(
+    cluster: ClusterSettings, *, engines: int = 1, learner_ranks: int = 0, reward_workers: int = 0
+) -> Iterator[Placement]:
+    """Places for rollout engines, learner ranks and reward workers, on as few nodes as they fit on.
 
     Raises RuntimeError that says what was asked and what the cluster has, at once where it never can hold it, and after
     `cluster.start_seconds` where others hold the places. A pending group is what Ray's autoscaler brings nodes for.
     """
-    bundles = bundles_of(cluster, engines=engines, learner_ranks=learner_ranks)
+    bundles = bundles_of(cluster, engines=engines, learner_ranks=learner_ranks, reward_workers=reward_workers)
     require_places(bundles, cluster)
     seconds = cluster.wait_for_nodes_seconds + cluster.start_seconds
     group = placement_group([bundle.resources for bundle in bundles], strategy="PACK")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from cluster.bundles import ENGINE, LEARNER, Bundle, bundles_of, nodes_for, what_is_missing
+from cluster.bundles import ENGINE, LEARNER, REWARD, Bundle, bundles_of, nodes_for, what_is_missing
 from cluster.memory_estimate import BYTES, CONTEXT_BYTES, GIB, ModelShape, engine_memory, learner_memory
 from cluster.progress import console
 from cluster.settings import MachineSettings, Settings
@@ -31,7 +31,9 @@ def show_plan(settings: Settings) -> None:
             field="model.checkpoint", remedy="Name a checkpoint folder, or a model such as Qwen3-4B.",
         )  # fmt: skip
     shape = ModelShape.of_checkpoint(settings.model.checkpoint)
-    bundles = bundles_of(cluster, engines=cluster.rollout_engines, learner_ranks=train.ranks)
+    bundles = bundles_of(
+        cluster, engines=cluster.rollout_engines, learner_ranks=train.ranks, reward_workers=cluster.reward_workers
+    )
     console.print(
         f"{settings.model.checkpoint}: {shape.parameters / 1e9:.2f} G parameters, {shape.layers} layers; "
         f"{machine.nodes} {'node' if machine.nodes == 1 else 'nodes'} of {_of_node(machine)}", highlight=False,
@@ -115,12 +117,12 @@ def _memory_problems(
 ) -> list[str]:  # fmt: skip
     """What does not fit, with what to change."""
     cluster, machine, problems = settings.cluster, settings.machine, []
-    sizes = {LEARNER: sum(learner.values()), ENGINE: sum(engine.values())}
+    sizes = {LEARNER: sum(learner.values()), ENGINE: sum(engine.values()), REWARD: 0}
     host = [0] * machine.nodes
     limit = USABLE * gpu_memory(machine) * GIB if cluster.gpus_per_engine else 0.0
     for bundle, node in zip(bundles, places, strict=True):
         host[node] += sum(sum(on_host.values()) for process in bundle.processes if process.kind == LEARNER)
-        if not cluster.gpus_per_engine:
+        if "GPU" not in bundle.resources:
             host[node] += sum(sizes[process.kind] for process in bundle.processes)
             continue
         wanted = sum(sizes[process.kind] + CONTEXT_BYTES for process in bundle.processes)

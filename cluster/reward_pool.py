@@ -13,7 +13,8 @@ import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors.reward import RewardActor, RewardFailure, ScoredResponses
-from cluster.placement import WorkLost, await_result, lost, lost_what
+from cluster.bundles import REWARD
+from cluster.placement import Placement, WorkLost, await_result, lost, lost_what
 from cluster.progress import console
 from cluster.settings import Settings
 from learner.rollouts import RolloutBatch
@@ -35,9 +36,13 @@ class _Slice:
 
 @dataclass(eq=False)
 class _Worker:
-    name: str
+    number: int
     actor: Any
     failures: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{REWARD} {self.number}"
 
 
 class RewardPool:
@@ -49,8 +54,8 @@ class RewardPool:
     After `cluster.maximum_restarts` losses in a row RuntimeError names the worker and the last cause.
     """
 
-    def __init__(self, settings: Settings, index: str, model: str) -> None:
-        train, self.cluster = settings.train, settings.cluster
+    def __init__(self, placement: Placement, settings: Settings, index: str, model: str) -> None:
+        train, self.cluster, self.placement = settings.train, settings.cluster, placement
         self.arguments = (index, model)
         self.options: dict[str, Any] = {
             "minimum_think_tokens": train.minimum_think_tokens, "seconds_per_response": train.reward_seconds,
@@ -62,10 +67,11 @@ class RewardPool:
         self.terms = [term.name for term in terms]
         self.own_terms = sum(not term.built_in for term in terms)
         self.restarts = 0
-        self.workers = [_Worker(f"reward worker {n}", self._start()) for n in range(self.cluster.reward_workers)]
+        self.workers = [_Worker(number, self._start(number)) for number in range(self.cluster.reward_workers)]
 
-    def _start(self) -> Any:
-        return RewardActor.options(num_cpus=self.cluster.reward_cpus).remote(*self.arguments, **self.options)
+    def _start(self, number: int) -> Any:
+        place = self.placement.options(REWARD, number, {}) if self.cluster.reward_cpus else {"num_cpus": 0}
+        return RewardActor.options(**place).remote(*self.arguments, **self.options)
 
     def wait_until_started(self) -> None:
         """Raises RuntimeError that names the worker which does not start."""
@@ -168,7 +174,7 @@ class RewardPool:
             )
         self.restarts += 1
         console.print(f"{worker.name} {cause}, and is started anew", style="yellow", highlight=False)
-        worker.actor = self._start()
+        worker.actor = self._start(worker.number)
         self._await_start(worker)
 
     def _await_start(self, worker: _Worker) -> None:

@@ -39,8 +39,10 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
     """Learner, rollout engines and reward workers on the checkpoint, placed and ready."""
     train, cluster = settings.train, settings.cluster
     index, model = str(index_folder.resolve()), str(checkpoint.resolve())
-    with placed(cluster, engines=cluster.rollout_engines, learner_ranks=train.ranks) as placement:
-        rewards = RewardPool(settings, index, model)
+    with placed(
+        cluster, engines=cluster.rollout_engines, learner_ranks=train.ranks, reward_workers=cluster.reward_workers
+    ) as placement:
+        rewards = RewardPool(placement, settings, index, model)
         rollout = RolloutEngines(placement, settings, index, model, elastic=True)
         try:
             learner = LearnerRanks(placement, settings, index, model)

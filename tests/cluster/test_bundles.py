@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.bundles import ENGINE, LEARNER, Bundle, Process, bundles_of, nodes_for, what_is_missing
+from cluster.bundles import ENGINE, LEARNER, REWARD, Bundle, Process, bundles_of, nodes_for, what_is_missing
 from cluster.settings import load_settings
 from item_index.input_error import InputError
 
 
-def bundles(*overrides, engines=2, ranks=2):
-    return bundles_of(load_settings(None, list(overrides)).cluster, engines=engines, learner_ranks=ranks)
+def bundles(*overrides, engines=2, ranks=2, rewards=0):
+    cluster = load_settings(None, list(overrides)).cluster
+    return bundles_of(cluster, engines=engines, learner_ranks=ranks, reward_workers=rewards)
 
 
 def shape(found):
@@ -30,6 +31,18 @@ def test_every_process_has_a_bundle_of_its_own_or_colocated_ones_share_a_gpu():
     assert together[0].resources == {"CPU": 4, "GPU": 1}
     on_cpus = bundles("cluster.colocated=true", engines=1, ranks=1)
     assert on_cpus[0].resources == {"CPU": 2}
+
+
+def test_reward_workers_have_bundles_where_they_have_cpus():
+    assert shape(bundles("cluster.reward_cpus=2", engines=1, ranks=0, rewards=2)) == [
+        [(ENGINE, 0, 0)], [(REWARD, 0, 0)], [(REWARD, 1, 0)]
+    ]  # fmt: skip
+    assert shape(bundles(engines=1, ranks=0, rewards=2)) == [[(ENGINE, 0, 0)]]
+    wanted = bundles("cluster.reward_cpus=2", "cluster.gpus_per_engine=1", rewards=1)
+    assert wanted[-1].resources == {"CPU": 2}
+    missing = what_is_missing(wanted, [{"CPU": 5, "GPU": 4}])
+    assert "1 x reward worker (2 CPUs); nodes: 1 x 5 CPUs, 4 GPUs. 6 CPUs together, and there are 5" in missing
+    assert "cluster.reward_cpus" in missing
 
 
 @pytest.mark.parametrize(

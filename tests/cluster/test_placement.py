@@ -27,6 +27,15 @@ def test_a_cluster_that_is_too_small_is_an_error_at_once(ray_cluster):
     assert time.monotonic() - started < 5
 
 
+def test_reward_workers_without_a_place_are_an_error_at_once(ray_cluster):
+    cluster = load_settings(None, ["cluster.reward_cpus=1000"]).cluster
+    started = time.monotonic()
+    message = r"No node is large enough for a reward worker \(1000 CPUs\): lower .*cluster.reward_cpus"
+    with pytest.raises(RuntimeError, match=message), placed(cluster, reward_workers=1):
+        pass
+    assert time.monotonic() - started < 5
+
+
 def test_places_that_others_hold_are_an_error_at_the_deadline(ray_cluster):
     cpus = int(ray.cluster_resources()["CPU"])
     all_of_it = [f"cluster.rollout_cpus={cpus}", "cluster.start_seconds=2"]

@@ -41,3 +41,10 @@ def test_the_presets_keep_the_papers_settings_and_fit(preset, capsys):
 def test_what_does_not_fit_says_what_to_change(overrides, message):
     with pytest.raises(InputError, match=message):
         show_plan(load_settings(ONE_NODE, overrides))
+
+
+def test_reward_workers_with_cpus_have_a_place(capsys):
+    show_plan(load_settings(ONE_NODE, ["cluster.reward_cpus=2", "cluster.reward_workers=3"]))
+    assert any("3" in line and "reward worker (2 CPUs)" in line for line in capsys.readouterr().out.splitlines())
+    with pytest.raises(InputError, match=r"No node is large enough for a reward worker \(500 CPUs\)"):
+        show_plan(load_settings(ONE_NODE, ["cluster.reward_cpus=500"]))

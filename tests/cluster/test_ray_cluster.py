@@ -14,7 +14,7 @@ from ray.autoscaler._private.resource_demand_scheduler import _default_utilizati
 from ray.autoscaler._private.util import prepare_config, validate_config
 from typer.testing import CliRunner
 
-from cluster.bundles import bundles_of, what_is_missing
+from cluster.bundles import REWARD, bundles_of, what_is_missing
 from cluster.cli import app
 from cluster.settings import Settings, load_settings
 
@@ -82,11 +82,15 @@ def test_the_nodes_hold_the_preset(types, settings):
 
 def test_the_autoscaler_starts_the_nodes_of_the_job():
     config, settings = launcher(), entrypoint()
-    bundles = bundles_of(settings.cluster, engines=settings.cluster.rollout_engines, learner_ranks=settings.train.ranks)
-    rewards = [{"CPU": settings.cluster.reward_cpus}] * settings.cluster.reward_workers
+    cluster = settings.cluster
+    bundles = bundles_of(
+        cluster, engines=cluster.rollout_engines, learner_ranks=settings.train.ranks,
+        reward_workers=cluster.reward_workers,
+    )  # fmt: skip
+    assert REWARD in [bundle.processes[0].kind for bundle in bundles]
     started, unmet = get_nodes_for(
         node_types(), {config["head_node_type"]: 1}, config["head_node_type"], config["max_workers"],
-        [*(bundle.resources for bundle in bundles), *rewards],
+        [bundle.resources for bundle in bundles],
         partial(_default_utilization_scorer, node_availability_summary=NodeAvailabilitySummary({})),
     )  # fmt: skip
     assert not unmet

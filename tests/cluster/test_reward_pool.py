@@ -6,6 +6,7 @@ import ray
 from reward_functions import TROUBLE
 
 from actors.reward import RewardWorker
+from cluster.placement import placed
 from cluster.reward_pool import RewardPool
 from cluster.settings import load_settings
 from item_index.input_error import InputError
@@ -27,6 +28,7 @@ def batches(tiny):
 def pool(tiny, ray_cluster):
     """Makes a pool from import paths."""
     pools = []
+    nowhere = None  # workers without CPUs of their own have no place
 
     def make(*rewards, workers=2, **cluster):
         values = {"reward_workers": workers, "reward_grace_seconds": 2, **cluster}
@@ -36,7 +38,7 @@ def pool(tiny, ray_cluster):
             [f"cluster.{name}={value}" for name, value in values.items()]
             + [f"train.rewards={terms}", "train.reward_seconds=0.2"],
         )
-        pools.append(RewardPool(settings, str(tiny.index_folder), str(tiny.checkpoint)))
+        pools.append(RewardPool(nowhere, settings, str(tiny.index_folder), str(tiny.checkpoint)))
         pools[-1].wait_until_started()
         return pools[-1]
 
@@ -55,6 +57,20 @@ def expected(tiny, batches):
 def score(made, batches):
     parts, references = batches
     return made.score(references, [len(part) for part in parts], responses=RESPONSES)
+
+
+def test_workers_with_cpus_of_their_own_are_in_their_bundles_and_come_back_there(tiny, ray_cluster, batches, expected):
+    settings = load_settings(None, ["cluster.reward_cpus=0.5", "cluster.reward_workers=2"])
+    with placed(settings.cluster, engines=0, reward_workers=2) as placement:
+        made = RewardPool(placement, settings, str(tiny.index_folder), str(tiny.checkpoint))
+        made.wait_until_started()
+        ray.kill(made.workers[1].actor)
+        for scores, own in zip(score(made, batches), expected, strict=True):
+            np.testing.assert_array_equal(scores.rewards, own.rewards)
+        assert made.restarts == 1
+        table = ray.util.placement_group_table(placement.group)
+        assert [bundle["CPU"] for bundle in table["bundles"].values()] == [0.5, 0.5]
+        made.close()
 
 
 def test_any_number_of_workers_gives_what_one_gives(pool, batches, expected):
