@@ -108,7 +108,9 @@ class Policy(nn.Module):
         hidden_LH = self.language_model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packed_parts=batch.parts
         ).last_hidden_state[0]
-        hidden_TH = hidden_LH[batch.position_T]
+        # All responses of a prompt begin behind its last token, so places repeat. The gradient of hidden_LH[places]
+        # would add up in the order in which threads come to them; that of index_select does not depend on threads.
+        hidden_TH = hidden_LH.index_select(0, batch.position_T)
         head_VH = self.language_model.get_output_embeddings().weight
         if allowed is None or free_text_masks is None:
             return full_vocabulary_log_probabilities(hidden_TH, head_VH, batch.targets_T)

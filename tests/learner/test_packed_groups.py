@@ -161,3 +161,21 @@ def test_attention_dropout_is_refused():
             module.attention_dropout = 0.1
     with pytest.raises(ValueError, match="dropout"):
         policy.train()(pack_groups(groups_of((3, [2]))))
+
+
+def test_the_gradient_is_the_same_to_the_bit_every_time():
+    # The first tokens of all responses are predicted at one place, where their gradients add up.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        policy = policy_of(model_of("llama", torch.float32))
+        batch = pack_groups(groups_of((5, [1] * 3000)))
+        gradients = []
+        for _ in range(10):
+            policy.zero_grad()
+            policy(batch).sum().backward()
+            gradients.append([weight.grad.clone() for weight in policy.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    for gradient in gradients[1:]:
+        assert all(map(torch.equal, gradient, gradients[0]))
