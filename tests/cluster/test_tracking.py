@@ -26,10 +26,11 @@ from cluster.tracking import send_left_overs, store_of, tracked_command, trackin
 DEADLINE = 240
 # A driver that logs as many steps as it is told to on standard input, and says what it did.
 DRIVER = """
-import os, sys, psutil
+import os, signal, sys, psutil
 from cluster.settings import load_settings
 from cluster.tracking import tracked_command
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background may ignore it, and all below
 with tracked_command(load_settings(None, sys.argv[1:]), "train", "code") as command:
     with command.stage("train", "fingerprint") as tracker:
         first = 0
