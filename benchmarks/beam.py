@@ -66,7 +66,8 @@ def benchmark(
                 write_widened(run / "sft" / "checkpoint", model, rows)
             for beams in width:
                 case = f"{users} users, beam {beams}, vocabulary {rows or 'of the policy'}"
-                outcomes, ranked = [], {}
+                outcomes: list[Outcome] = []
+                first_UK: np.ndarray | None = None
                 for one in subject:
                     file = Path(root) / "ranked.npy"
                     at_a_time = min(batch_users, 8) if one.startswith("Hugging Face") else batch_users
@@ -76,8 +77,10 @@ def benchmark(
                     )  # fmt: skip
                     outcome = run_child(one, command(task), limit)
                     if outcome.numbers:
-                        ranked[one] = np.load(file)
-                        outcome.numbers.update(quality(ranked[one], ranked[subject[0]], targets_U))
+                        ranked_UK = np.load(file)
+                        if one == subject[0]:
+                            first_UK = ranked_UK
+                        outcome.numbers.update(quality(ranked_UK, first_UK, targets_U))
                     outcomes.append(outcome)
                 console.print(report_table(case, outcomes))
                 report += [
@@ -112,13 +115,13 @@ def write_widened(checkpoint: Path, folder: Path, rows: int) -> None:
         shutil.copy(file, folder)
 
 
-def quality(ranked_UK: np.ndarray, ours_UK: np.ndarray, targets_U: np.ndarray) -> dict[str, float]:
-    """Share of places with an item not listed before, recall at the width, and of first places that are as ours."""
+def quality(ranked_UK: np.ndarray, ours_UK: np.ndarray | None, targets_U: np.ndarray) -> dict[str, float]:
+    """Share of places with an item not listed before, recall at the width, and share of first places that are as ours:
+    no number where ours has failed."""
     return {
         "valid places": float((ranked_UK >= 0).mean()),
         "recall": float((ranked_UK == targets_U[:, None]).any(axis=1).mean()),
-        "like ours": float((ranked_UK[:, :LIKE] == ours_UK[:, :LIKE]).mean()),
-    }
+    } | ({} if ours_UK is None else {"like ours": float((ranked_UK[:, :LIKE] == ours_UK[:, :LIKE]).mean())})
 
 
 def report_table(case: str, outcomes: list[Outcome]) -> Table:
@@ -135,7 +138,7 @@ def report_table(case: str, outcomes: list[Outcome]) -> Table:
         table.add_row(
             outcome.subject, *(f"{numbers[name]:.1f}" for name in ("users per second", "slowest", "fastest")),
             "" if outcome is outcomes[0] else f"{mine / numbers['users per second']:.2f}",
-            *(f"{numbers[name]:.3f}" for name in ("valid places", "recall", "like ours")),
+            *(f"{numbers[name]:.3f}" if name in numbers else "" for name in ("valid places", "recall", "like ours")),
             f"{numbers['peak memory']:.0f}", "",
         )  # fmt: skip
     return table

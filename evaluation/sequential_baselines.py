@@ -14,7 +14,6 @@ from item_index.ragged import RaggedArray
 
 SequentialArchitecture = Literal["sasrec", "gru4rec"]
 HEADS = 2
-NO_TARGET = -100  # cross-entropy passes over it
 
 
 class SelfAttentionEncoder(nn.Module):
@@ -70,7 +69,10 @@ class SequentialRecommender:
     encoder: nn.Module = field(init=False, repr=False)
 
     def fit(self, train: list[np.ndarray], items: int) -> Self:
-        """Train on the users' items in time order; `items` is the size of the catalogue. Returns the recommender."""
+        """Train on the users' items in time order; `items` is the size of the catalogue. Returns the recommender.
+
+        Raises ValueError for an item outside the catalogue, and where nobody has two items.
+        """
         for _ in self.training(train, items):
             pass
         return self
@@ -123,7 +125,7 @@ class SequentialRecommender:
         items = self.embeddings.num_embeddings - 1
         self.encoder.eval()
         recent = [history[-self.window :] for history in histories]
-        inputs_UL = torch.full((len(recent), max(1, self.window)), items)
+        inputs_UL = torch.full((len(recent), self.window), items)
         for user, history in enumerate(recent):
             inputs_UL[user, : len(history)] = torch.from_numpy(np.asarray(history, dtype=np.int64))
         lengths_U = torch.tensor([len(history) for history in recent])
