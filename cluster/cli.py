@@ -133,15 +133,14 @@ def train(
         replay_rollouts(load_settings(config, overrides or ()), replay)
 
 
+_stage_command("sft_continued", "Go on with supervised training as long as SRPO took, to compare with.")
 _stage_command("evaluate", "Evaluate both modes beside the baselines.")
 
 
 @app.command("run")
 def run(config: Config = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """All stages, each only where its inputs have changed."""
-    from cluster.pipeline import STAGES
-
-    _run(list(STAGES), config, overrides, dry_run)
+    _run(None, config, overrides, dry_run)
 
 
 @app.command("track")
@@ -197,17 +196,19 @@ def plan(config: Config = None, overrides: Overrides = None, dry_run: DryRun = F
 
 
 def _run(
-    names: list[str], config: Path | None, overrides: list[str] | None, dry_run: bool, *, update_index: bool = False
-) -> None:
+    names: list[str] | None, config: Path | None, overrides: list[str] | None, dry_run: bool, *,
+    update_index: bool = False,
+) -> None:  # fmt: skip
+    """These stages; all that the settings have for None."""
     settings = load_settings(config, overrides or ())
     if dry_run:
         print(settings.dump(), end="")
         return
-    from cluster.pipeline import run_stages
+    from cluster.pipeline import run_stages, stages_of
     from cluster.tracking import tracking_uri
 
     with _ending_by_signals():
-        run_stages(settings, names, update_index=update_index)
+        run_stages(settings, names or stages_of(settings), update_index=update_index)
     uri = tracking_uri(settings)
     if settings.tracking.uri is None:
         uri = f"sqlite:///{settings.run_folder}/mlflow.db"

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 from rich.table import Table
 
 from actors.ranking import RankingActor
-from actors.rollout import prompt_seeds
-from cluster.placement import await_result, placed, ray_session
-from cluster.probe import scored_in_order
-from cluster.progress import Bar, console, progress_bar
+from cluster.placement import placed, ray_session
+from cluster.progress import console, progress_bar
 from cluster.prompts import PromptSource
+from cluster.rankings import direct_rankings, intervention_rankings, reasoning_rankings
 from cluster.reward_pool import RewardPool
-from cluster.rollout_engines import RolloutEngines, prompt_order
+from cluster.rollout_engines import RolloutEngines
 from cluster.settings import Settings
 from cluster.tracking import Tracker
 from curriculum.corpus import Corpus
 from evaluation.baselines import rank_unseen
 from evaluation.comparison import as_records, compare, comparisons_markdown
-from evaluation.metrics import pass_at_k
-from evaluation.ranking import merge_chains
 from evaluation.results import SHOWN_METRICS, SystemResult, ranking_result, results_markdown, write_rankings
 from evaluation.tuned_baselines import tuned_baselines
 from item_index.constraint import MODES
 from item_index.ragged import RaggedArray
-from learner.rollouts import RolloutBatch, RolloutPrompts
-from rewards.chains import chain_metrics
+from learner.rollouts import RolloutPrompts
 
 
 def run_evaluate(
@@ -57,15 +52,19 @@ def run_evaluate(
 
     results = {name: measured(ranked) for name, ranked in baseline_rankings(settings, corpus, direct).items()}
     baselines = list(results)
-    chains: RolloutBatch | None = None
-    searches = ("direct" in evaluation.modes) + ("reasoning" in evaluation.modes) * evaluation.chains
-    work = len(checkpoints) * (-(-len(users) // evaluation.batch_users)) * searches
+    chains: RaggedArray | None = None
+    searches = len(checkpoints) * len(users) * ("direct" in evaluation.modes)
+    if "reasoning" in evaluation.modes:
+        chains_ranked_by = len(checkpoints) * evaluation.chains + sum(
+            1 if name == "deleted_chains" else evaluation.chains for name in evaluation.interventions
+        )
+        searches += len(users) * chains_ranked_by
     index = str(index_folder.resolve())
     threads = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cluster.threads)}}}
     with (
         ray_session(cluster),
         placed(cluster, engines=cluster.rollout_engines, reward_workers=cluster.reward_workers) as placement,
-        progress_bar("evaluate", work) as bar,
+        progress_bar("evaluate", searches) as bar,
     ):
         engines: RolloutEngines | None = None
         rewards: RewardPool | None = None
@@ -81,17 +80,18 @@ def run_evaluate(
                     engines.wait_until_started()
                 else:  # one engine serves all checkpoints: its start costs more than a reload
                     engines.wait(engines.load_weights(model, version))
-                ranked, metrics, chains = reasoning_rankings(settings, reasoning, engines, rewards, ranker, corpus, bar)
-                result = measured(ranked)
+                reasoned = reasoning_rankings(settings, reasoning, engines, rewards, ranker, corpus, bar)
+                result, chains = measured(reasoned.ranked_UK), reasoned.chains
                 # A merged list may hold fewer items than asked for; a sampled answer is valid when it is an item.
-                metrics["list_fill"] = result.metrics["valid_rate"]
+                metrics = reasoned.metrics | {"list_fill": result.metrics["valid_rate"]}
                 results[f"reasoning_{stage}"] = replace(result, metrics=result.metrics | metrics)
+                for intervention in evaluation.interventions if version == len(checkpoints) - 1 else ():
+                    changed = intervention_rankings(settings, intervention, chains, reasoning, ranker, corpus, bar)
+                    results[f"reasoning_{stage}/{intervention}"] = measured(changed)
             ray.kill(ranker)
 
-    compared = compare(
-        {name: result.measures for name, result in results.items()},
-        compared_pairs(list(checkpoints), evaluation.modes, baselines), seed=settings.seed,
-    )  # fmt: skip
+    pairs = compared_pairs(list(checkpoints), evaluation.modes, baselines) + changed_chains(list(results))
+    compared = compare({name: result.measures for name, result in results.items()}, pairs, seed=settings.seed)
     table = {name: result.metrics for name, result in results.items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(table, indent=2))
@@ -121,6 +121,15 @@ def compared_pairs(stages: list[str], modes: Sequence[str], baselines: list[str]
     return pairs
 
 
+def changed_chains(systems: list[str]) -> list[tuple[str, str]]:
+    """(system, against): reasoning mode after each intervention against that without, and the removal of cited items
+    against that of as many others."""
+    changed = [system for system in systems if "/" in system]
+    pairs = [(system, system.partition("/")[0]) for system in changed]
+    removals = [(system, system.replace("/cited_", "/other_")) for system in changed if "/cited_items" in system]
+    return pairs + [(cited, others) for cited, others in removals if others in systems]
+
+
 def baseline_rankings(settings: Settings, corpus: Corpus, prompts: RolloutPrompts) -> dict[str, np.ndarray]:
     """Ranked items of the tuned baselines for the evaluated users."""
     evaluation, histories = settings.evaluation, list(prompts.excluded)
@@ -130,76 +139,6 @@ def baseline_rankings(settings: Settings, corpus: Corpus, prompts: RolloutPrompt
     return {
         name: rank_unseen(model.scores(histories), histories, evaluation.beam_width) for name, model in models.items()
     }
-
-
-def ranked_in_batches(
-    settings: Settings, ranker: Any, tokens: RaggedArray, excluded: RaggedArray, mode: str, width: int,
-    progressed: Callable[[int], None],
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Beam search for all rows, batch by batch, rows of similar length together."""
-    order = np.argsort(tokens.lengths, kind="stable")
-    items, scores = [], []
-    for start in range(0, len(order), settings.evaluation.batch_users):
-        rows = order[start : start + settings.evaluation.batch_users]
-        part = await_result(
-            ranker.rank.remote(tokens.select(rows), excluded.select(rows), mode=mode, width=width),
-            "the ranking actor", settings.cluster.call_seconds,
-        )  # fmt: skip
-        items.append(part[0])
-        scores.append(part[1])
-        progressed(1)
-    back = np.argsort(order)
-    return np.concatenate(items)[back], np.concatenate(scores)[back]
-
-
-def direct_rankings(settings: Settings, prompts: RolloutPrompts, ranker: Any, bar: Bar) -> np.ndarray:
-    """Direct mode: one beam search per user."""
-    width = settings.evaluation.beam_width
-    return ranked_in_batches(settings, ranker, prompts.tokens, prompts.excluded, "direct", width, bar.advance)[0]
-
-
-def reasoning_rankings(
-    settings: Settings,
-    prompts: RolloutPrompts,
-    engines: RolloutEngines,
-    rewards: RewardPool,
-    ranker: Any,
-    corpus: Corpus,
-    bar: Bar,
-) -> tuple[np.ndarray, dict[str, float], RolloutBatch]:
-    """Reasoning mode: M chains per user by vLLM, a beam after each chain's `<answer>`, merged over the chains.
-
-    Ranked items [users, K], metrics of the sampled responses, and these.
-    """
-    evaluation, chains = settings.evaluation, settings.evaluation.chains
-    seeds = prompt_seeds(settings.seed, 0, len(prompts))
-    calls = engines.generate(prompts, responses=chains, seeds=seeds, temperature=1.0)
-    scores = scored_in_order(engines, rewards, calls, responses=chains)
-    seconds = settings.cluster.call_seconds
-    parts = [await_result(call.references[0], "the chains", seconds) for call in calls]
-    batch = RolloutBatch.concatenate(parts).select(prompt_order(calls))
-    opened = []
-    answer_open = corpus.builder.tokens.answer_open
-    for row, response in enumerate(batch.responses):
-        end = int(np.nonzero(response == answer_open)[0][0]) + 1
-        opened.append(np.concatenate([prompts.tokens[row // chains], response[:end]]))
-    user_of_chain = np.repeat(np.arange(len(prompts)), chains)
-    items_CK, scores_CK = ranked_in_batches(
-        settings, ranker, RaggedArray.of(opened, np.int32), prompts.excluded.select(user_of_chain), "reasoning",
-        evaluation.chain_beam_width, bar.advance,
-    )  # fmt: skip
-    ranked, _ = merge_chains(items_CK, scores_CK, user_of_chain, users=len(prompts), width=evaluation.beam_width)
-    metrics = {
-        "valid_rate": float(scores.valid.mean()),
-        "well_formed_rate": float(scores.well_formed.mean()),
-        "forced_close_rate": float(scores.forced.mean()),
-        "response_tokens": float(scores.lengths.mean()),
-        "mean_reward": float(np.nanmean(scores.rewards)),
-    }
-    figures = chain_metrics(scores.chains, minimum_think_tokens=settings.train.minimum_think_tokens)
-    metrics |= {f"chains/{name}": value for name, value in figures.items()}
-    metrics |= {f"pass@{k}": pass_at_k(scores.hits.reshape(-1, chains), k) for k in (1, 5, 10) if k <= chains}
-    return ranked, metrics, batch
 
 
 def results_table(metrics: dict[str, dict[str, float]], users: int, part: str) -> Table:
@@ -214,11 +153,12 @@ def results_table(metrics: dict[str, dict[str, float]], users: int, part: str) -
 
 
 def example_recommendations(
-    corpus: Corpus, prompts: RolloutPrompts, results: dict[str, SystemResult], chains: RolloutBatch | None, count: int
+    corpus: Corpus, prompts: RolloutPrompts, results: dict[str, SystemResult], chains: RaggedArray | None, count: int
 ) -> str:
     """Some users' latest items, true next item, and the last checkpoint's list in each mode, with the first chain."""
     titles = corpus.catalogue.titles
-    shown = {name.partition("_")[0]: result for name, result in results.items() if name.startswith(MODES)}
+    unchanged = {name: result for name, result in results.items() if name.startswith(MODES) and "/" not in name}
+    shown = {name.partition("_")[0]: result for name, result in unchanged.items()}
     parts = []
     for user in range(min(count, len(prompts))):
         lines = [
@@ -229,8 +169,7 @@ def example_recommendations(
         for mode, result in shown.items():
             lines.append(f"- {mode}: {'; '.join(titles[item] for item in result.ranked_UK[user, :5] if item >= 0)}")
         if chains is not None:
-            chain = chains.responses_of(user)[0]
-            text = chain[: int(np.nonzero(chain == corpus.builder.tokens.answer_open)[0][0])].tolist()
-            lines.append(f"- a chain: {corpus.with_titles(corpus.tokenizer.decode(text))}")
+            chain = chains[user * (len(chains) // len(prompts))][:-1].tolist()  # without <answer>
+            lines.append(f"- a chain: {corpus.with_titles(corpus.tokenizer.decode(chain))}")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)

@@ -126,6 +126,14 @@ class SupervisedSettings(Section):
         return self
 
 
+class ContinuedSettings(Section):
+    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate; null is that of sft.")
+    steps: int | None = Field(
+        None, ge=1,
+        description="Optimizer steps; null is as many as take the time of the train stage, at the pace of sft.",
+    )  # fmt: skip
+
+
 class ObjectiveSection(Section):
     clip_low: float = Field(0.2, ge=0, lt=1, description="PPO clip below 1.")
     clip_high: float = Field(0.2, ge=0, description="PPO clip above 1.")

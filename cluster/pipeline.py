@@ -76,6 +76,35 @@ def sft_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, A
     return summary
 
 
+def sft_continued_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
+    """What the time of SRPO and its targets are worth to supervised training, from the same checkpoint."""
+    from cluster.sft import Continuation, run_sft
+
+    corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
+    checkpoint = _checkpoint_with_tokens(settings.folder / "sft" / "checkpoint", corpus.index)
+    steps = settings.sft_continued.steps
+    if steps is None:
+        trained, supervised = (
+            json.loads((settings.folder / STAGES[name].folder / STAGE_FILE).read_text()) for name in ("train", "sft")
+        )
+        steps = equal_time_steps(trained, supervised)
+        console.print(f"sft_continued: {steps} steps, as many as take the train stage's {trained['seconds']:.0f} s")
+    continuation = Continuation(checkpoint, steps, settings.sft_continued.learning_rate or settings.sft.learning_rate)
+    summary = run_sft(
+        settings, corpus, folder, tracker, name=fingerprint(settings, "sft_continued")[:16], continuation=continuation
+    )
+    console.print(f"sft_continued: {summary['steps']} steps, loss {summary['loss']:.3f}")
+    tracker.model(folder / "checkpoint", "sft_continued", ["sft_continued"])
+    return summary
+
+
+def equal_time_steps(trained: dict[str, Any], supervised: dict[str, Any]) -> int:
+    """Supervised steps that take as long as the train stage took, by the records of both stages."""
+    summary = supervised["summary"]
+    steps_per_second = summary["tokens_per_second"] * summary["steps"] / summary["tokens"]
+    return max(1, round(trained["seconds"] * steps_per_second))
+
+
 def train_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[str, Any]:
     from cluster.train_stage import run_train
 
@@ -95,10 +124,9 @@ def evaluate_stage(settings: Settings, folder: Path, tracker: Tracker) -> dict[s
     from cluster.evaluate import run_evaluate
 
     corpus = load_corpus(settings.folder / "corpus", settings.folder / "index")
-    stages = {"sft": "sft", "srpo": "train"}
     checkpoints: dict[str, Path] = {
         name: _checkpoint_with_tokens(settings.folder / stage / "checkpoint", corpus.index)
-        for name, stage in stages.items()
+        for name, stage in EVALUATED_STAGES.items()
         if name in settings.evaluation.checkpoints
     }
     return run_evaluate(settings, corpus, settings.folder / "index", checkpoints, folder, tracker)
@@ -114,7 +142,7 @@ def _checkpoint_with_tokens(checkpoint: Path, index: SemanticIdIndex) -> Path:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: its function, the settings that it depends on, and the stages whose output it reads."""
+    """A stage: its function, the settings that it depends on, and the stages whose output it reads (`inputs_of`)."""
 
     run: Callable[[Settings, Path, Tracker], dict[str, Any]]
     sections: tuple[str, ...]
@@ -129,16 +157,23 @@ STAGES = {
     ),
     "sft": Stage(sft_stage, ("sft", "model"), ("corpus",), "sft"),
     "train": Stage(train_stage, ("train", "cluster.dtype"), ("sft",), "train"),
-    "evaluate": Stage(
-        evaluate_stage, ("evaluation", "cluster.dtype", "train.reasoning_budget"), ("train",), "evaluation"
-    ),
+    "sft_continued": Stage(sft_continued_stage, ("sft", "model", "sft_continued"), ("train",), "sft_continued"),
+    "evaluate": Stage(evaluate_stage, ("evaluation", "cluster.dtype", "train.reasoning_budget"), (), "evaluation"),
 }
+
+
+EVALUATED_STAGES = {"sft": "sft", "sft_continued": "sft_continued", "srpo": "train"}  # by name of the checkpoint
+
+
+def stages_of(settings: Settings) -> list[str]:
+    """All stages of a run; `sft_continued` only where it is evaluated."""
+    return [name for name in STAGES if name != "sft_continued" or name in settings.evaluation.checkpoints]
 
 
 def inputs_of(settings: Settings, name: str) -> tuple[str, ...]:
     """The stages whose output a stage reads."""
-    if name == "evaluate" and "srpo" not in settings.evaluation.checkpoints:
-        return ("sft",)
+    if name == "evaluate":
+        return tuple(EVALUATED_STAGES[checkpoint] for checkpoint in settings.evaluation.checkpoints)
     return STAGES[name].after
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from markdown_it import MarkdownIt
 
-from cluster.evaluate import compared_pairs
+from cluster.evaluate import changed_chains, compared_pairs
 from cluster.journal import JOURNAL_FILE, read_records
 from cluster.run_figures import run_figures
 from cluster.settings import load_settings
@@ -123,9 +123,11 @@ def results_table(runs: Sequence[EvaluatedRun], names: Iterable[str]) -> str:
 
 def systems_compared(run: EvaluatedRun) -> list[tuple[str, str]]:
     """(system, against) within a run, as its evaluation compared them."""
-    stages = list(dict.fromkeys(name.partition("_")[2] for name in run.places if name.startswith(MODES)))
-    modes = list(dict.fromkeys(name.partition("_")[0] for name in run.places if name.startswith(MODES)))
-    return compared_pairs(stages, modes, [name for name in run.places if not name.startswith(MODES)])
+    models = [name for name in run.places if name.startswith(MODES) and "/" not in name]
+    stages = list(dict.fromkeys(name.partition("_")[2] for name in models))
+    modes = list(dict.fromkeys(name.partition("_")[0] for name in models))
+    baselines = [name for name in run.places if not name.startswith(MODES)]
+    return compared_pairs(stages, modes, baselines) + changed_chains(list(run.places))
 
 
 def report_markdown(runs: Sequence[EvaluatedRun], figures: dict[Path, list[str]]) -> str:

@@ -16,7 +16,7 @@ from item_index.input_error import InputError
 PACE_STEPS = 10  # the latest steps, of which the time left is estimated
 SHOWN = (
     "train/reward", "train/direct/reward", "train/reasoning/reward", "train/valid_rate", "train/responses_per_second",
-    "train/engine_restarts", "train/learner_restarts", "sft/loss", "sft/tokens_per_second",
+    "train/engine_restarts", "train/learner_restarts", "sft/loss", "sft/tokens_per_second", "sft_continued/loss",
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def progress_of(journal: Path) -> list[StageProgress]:
             run.status = record["status"]
         elif record["kind"] == "metrics":
             run.values |= record["values"]
-            if any(name.startswith(("train/", "sft/")) for name in record["values"]):
+            if any(name.startswith(("train/", "sft/", "sft_continued/")) for name in record["values"]):
                 run.steps = [*run.steps[-PACE_STEPS:], (record["step"], at)]
         run.latest = at
     return list(runs.values())

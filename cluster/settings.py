@@ -11,18 +11,20 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.data_settings import CorpusSettings, DataSettings, IndexSettings
-from cluster.learning_settings import ModelSettings, SupervisedSettings, TrainSettings
+from cluster.learning_settings import ContinuedSettings, ModelSettings, SupervisedSettings, TrainSettings
 from cluster.section import Section
 from evaluation.baselines import COUNTING_BASELINES, BaselineName
+from evaluation.chain_interventions import ChainIntervention
 from item_index.constraint import MODES, Mode
 from item_index.input_error import InputError
 
 
 class EvaluationSettings(Section):
     part: Literal["test", "validation"] = Field("test", description="Which target of each user is evaluated.")
-    checkpoints: tuple[Literal["sft", "srpo"], ...] = Field(
+    checkpoints: tuple[Literal["sft", "sft_continued", "srpo"], ...] = Field(
         ("sft", "srpo"), min_length=1,
-        description="Whose checkpoints are evaluated; without srpo the train stage need not have run.",
+        description="Whose checkpoints are evaluated; with sft_continued that stage is run, without srpo the train "
+        "stage need not have run.",
     )  # fmt: skip
     modes: tuple[Mode, ...] = Field(
         MODES, min_length=1, description="Inference modes; without reasoning no rollout engine is started."
@@ -37,9 +39,25 @@ class EvaluationSettings(Section):
     users: int | None = Field(None, ge=1, description="Users to evaluate, drawn by the seed; all when null.")
     beam_width: int = Field(50, ge=50, description="Beams of direct mode, and length of the ranked lists.")
     chains: int = Field(4, ge=1, description="Reasoning chains sampled for each user.")
+    samples: int | None = Field(
+        None, ge=1,
+        description="Reasoning responses sampled for each user, for pass@k; the first of them are the chains. Null is "
+        "as many as chains.",
+    )  # fmt: skip
+    interventions: tuple[ChainIntervention, ...] = Field(
+        (), description="What is done to the last checkpoint's chains, to see whether its answers hang on them."
+    )
     chain_beam_width: int = Field(50, ge=1, description="Beams after each chain.")
     batch_users: int = Field(64, ge=1, description="Users of one beam search.")
     examples: int = Field(5, ge=0, description="Recommendations to show.")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> EvaluationSettings:
+        if self.samples is not None and self.samples < self.chains:
+            raise ValueError(f"evaluation.samples must be at least evaluation.chains, {self.chains}")
+        if self.interventions and "reasoning" not in self.modes:
+            raise ValueError("evaluation.interventions change reasoning chains: add reasoning to evaluation.modes")
+        return self
 
 
 class ClusterSettings(Section):
@@ -155,6 +173,9 @@ class Settings(Section):
     model: ModelSettings = Field(default_factory=ModelSettings, description="The language model to start from.")
     sft: SupervisedSettings = Field(default_factory=SupervisedSettings, description="The supervised stage.")
     train: TrainSettings = Field(default_factory=TrainSettings, description="The SRPO stage.")
+    sft_continued: ContinuedSettings = Field(
+        default_factory=ContinuedSettings, description="More supervised training, to compare SRPO with."
+    )
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="The evaluate stage.")
     cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="Ray, placement and engines.")
     machine: MachineSettings = Field(

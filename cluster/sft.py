@@ -1,16 +1,22 @@
-"""The supervised stage: rows in curriculum order, trained by a worker group of Ray Train with DeepSpeed inside."""
+"""The supervised stage: rows in curriculum order, trained by a worker group of Ray Train with DeepSpeed inside.
+
+`sft_continued` is the same from the supervised checkpoint on, with SRPO's held-out targets among the rows.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoTokenizer
@@ -25,51 +31,73 @@ from cluster.tracking import Tracker
 from curriculum.alignment import TASKS, AlignmentData
 from curriculum.corpus import Corpus
 from curriculum.row_files import RowFile, write_rows
+from curriculum.rows import ReasoningExample
 from curriculum.supervised_rows import evaluation_rows, rows_of_pass
 from learner.policy import build_language_model, fit_vocabulary, load_language_model
 
 STATES_FOLDER = "states"  # Ray Train's: resumable states, and which of them is the latest
 
 
-def write_initial_checkpoint(settings: Settings, corpus: Corpus, folder: Path) -> int:
-    """The model to start from: a Llama from scratch, or the named checkpoint with rows for the new tokens.
+@dataclass(frozen=True)
+class Continuation:
+    """Supervised training goes on with all train targets, those that were held out for SRPO among them.
 
-    Returns how many tokens the model knew before.
+    Attributes:
+        checkpoint: of the supervised stage.
+        steps: optimizer steps.
+        learning_rate: at its peak; warm-up and schedule are the supervised stage's.
     """
-    model_settings, known_tokens = settings.model, 0
+
+    checkpoint: Path
+    steps: int
+    learning_rate: float
+
+
+def write_initial_checkpoint(settings: Settings, corpus: Corpus, folder: Path) -> None:
+    """The model to start from: a Llama from scratch, or the named checkpoint with rows for the new tokens."""
+    model_settings = settings.model
     if model_settings.checkpoint is None:
         model = build_language_model(
             corpus.tokenizer, hidden_size=model_settings.hidden_size, layers=model_settings.layers,
             intermediate_size=model_settings.intermediate_size, seed=settings.seed,
         )  # fmt: skip
     else:
-        known = AutoTokenizer.from_pretrained(model_settings.checkpoint, local_files_only=True, trust_remote_code=False)
-        model, known_tokens = load_language_model(model_settings.checkpoint), len(known)
-        added = fit_vocabulary(model, corpus.tokenizer, known_tokens=known_tokens, seed=settings.seed)
+        model = load_language_model(model_settings.checkpoint)
+        added = fit_vocabulary(model, corpus.tokenizer, known_tokens=known_tokens(settings), seed=settings.seed)
         console.print(f"sft: {added} tokens of the index were added to {model_settings.checkpoint}")
     model.save_pretrained(folder, safe_serialization=True)
     corpus.tokenizer.save_pretrained(folder)
-    return known_tokens
 
 
-def supervised_plan(settings: Settings, corpus: Corpus, folder: Path) -> SupervisedPlan:
-    """Write the initial checkpoint and the rows of all passes, and say what a rank has to do with them."""
-    sft = settings.sft
-    known_tokens = write_initial_checkpoint(settings, corpus, folder / "initial")
-    share = sft.alignment
+def known_tokens(settings: Settings) -> int:
+    """How many tokens the model knew before those of the index were added; 0 for a Llama from scratch."""
+    checkpoint = settings.model.checkpoint
+    if checkpoint is None:
+        return 0
+    return len(AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False))
+
+
+def supervised_plan(
+    settings: Settings, corpus: Corpus, folder: Path, continuation: Continuation | None = None
+) -> SupervisedPlan:
+    """Write the checkpoint to start from and the rows of all passes, and say what a rank has to do with them.
+
+    A continuation takes its steps' rows from passes that are numbered on behind those of the supervised stage, each
+    with its reasoning rows spread evenly.
+    """
+    sft, share = settings.sft, settings.sft.alignment
     data = AlignmentData(
-        corpus.catalogue, corpus.sequences, corpus.held_out, corpus.builder, corpus.user_texts,
+        corpus.catalogue, corpus.sequences,
+        corpus.held_out if continuation is None else np.zeros_like(corpus.held_out), corpus.builder, corpus.user_texts,
         maximum_text_tokens=share.maximum_text_tokens, next_item_templates=share.next_item_templates,
     )  # fmt: skip
-    tasks = {task.name: getattr(share, task.name) for task in TASKS}
-    passes = []
-    for number in range(sft.passes):
-        passes.append((folder / "rows" / f"pass_{number}.parquet").resolve())
-        rows = rows_of_pass(
-            data, corpus.reasoning, tasks, number=number, passes=sft.passes, dense=sft.supervision == "dense",
-            seed=settings.seed,
-        )  # fmt: skip
-        write_rows(passes[-1], rows, rows_per_step=sft.batch_rows)
+    if continuation is None:
+        model = (folder / "initial").resolve()
+        write_initial_checkpoint(settings, corpus, model)
+    else:
+        model = continuation.checkpoint.resolve()
+    passes = write_passes(settings, data, corpus.reasoning, folder / "rows", continuation)
+    total_steps = sum(len(RowFile(path)) for path in passes)
     evaluation = None
     if sft.evaluation_rows:
         evaluation = (folder / "rows" / "evaluation.parquet").resolve()
@@ -77,30 +105,59 @@ def supervised_plan(settings: Settings, corpus: Corpus, folder: Path) -> Supervi
             evaluation, evaluation_rows(data, users=sft.evaluation_rows, seed=settings.seed),
             rows_per_step=sft.batch_rows,
         )  # fmt: skip
-    total_steps = sum(len(RowFile(path)) for path in passes)
     return SupervisedPlan(
-        model=str((folder / "initial").resolve()),
+        model=str(model),
         folder=str(folder.resolve()),
         passes=tuple(map(str, passes)),
         evaluation=None if evaluation is None else str(evaluation),
         engine={
-            "learning_rate": sft.learning_rate, "weight_decay": sft.weight_decay,
-            "warm_up_steps": int(sft.warm_up * total_steps), "total_steps": total_steps, "schedule": "cosine",
+            "learning_rate": sft.learning_rate if continuation is None else continuation.learning_rate,
+            "weight_decay": sft.weight_decay, "warm_up_steps": int(sft.warm_up * total_steps),
+            "total_steps": total_steps, "schedule": "cosine",
             "gradient_clip": sft.gradient_clip, "zero_stage": sft.zero_stage, "dtype": sft.dtype,
         },
         low_rank=None if sft.low_rank is None else sft.low_rank.model_dump(),
-        known_tokens=known_tokens,
+        known_tokens=known_tokens(settings),
         micro_batch_tokens=sft.micro_batch_tokens,
         gradient_checkpointing=sft.gradient_checkpointing,
         checkpoint_steps=sft.checkpoint_steps,
         evaluation_steps=sft.evaluation_steps,
-        patience=sft.patience,
+        patience=sft.patience if continuation is None else None,
         seed=settings.seed,
         threads=settings.cluster.threads,
     )  # fmt: skip
 
 
-def run_sft(settings: Settings, corpus: Corpus, folder: Path, tracker: Tracker, *, name: str) -> dict[str, Any]:
+def write_passes(
+    settings: Settings, data: AlignmentData, reasoning: Sequence[ReasoningExample], folder: Path,
+    continuation: Continuation | None,
+) -> list[Path]:  # fmt: skip
+    """The row file of each pass; those of a continuation hold as many steps as it has, and no more."""
+    sft = settings.sft
+    tasks = {task.name: getattr(sft.alignment, task.name) for task in TASKS}
+    files: list[Path] = []
+    left = None if continuation is None else continuation.steps
+    for number in range(sft.passes) if continuation is None else itertools.count(sft.passes):
+        rows = rows_of_pass(
+            data, reasoning, tasks, number=number, passes=sft.passes if continuation is None else number + 1,
+            dense=sft.supervision == "dense", seed=settings.seed,
+        )  # fmt: skip
+        files.append((folder / f"pass_{number}.parquet").resolve())
+        write_rows(
+            files[-1], rows if left is None else itertools.islice(rows, left * sft.batch_rows),
+            rows_per_step=sft.batch_rows,
+        )  # fmt: skip
+        if left is not None:
+            left -= len(RowFile(files[-1]))
+            if not left:
+                break
+    return files
+
+
+def run_sft(
+    settings: Settings, corpus: Corpus, folder: Path, tracker: Tracker, *, name: str,
+    continuation: Continuation | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Train; the checkpoint is `folder/checkpoint`.
 
     Args:
@@ -115,9 +172,10 @@ def run_sft(settings: Settings, corpus: Corpus, folder: Path, tracker: Tracker, 
         (folder / METRICS_FILE).unlink(missing_ok=True)
         if (folder / "checkpoint").is_dir():
             shutil.rmtree(folder / "checkpoint")
-    plan = supervised_plan(settings, corpus, folder)
+    plan = supervised_plan(settings, corpus, folder, continuation)
+    stage = "sft" if continuation is None else "sft_continued"
     with ray_session(settings.cluster):
-        metrics, tokens_per_second = _train(settings, plan, tracker, states, name)
+        metrics, tokens_per_second = _train(settings, plan, tracker, states, name, stage)
     shutil.rmtree(states)  # of use to an interrupted stage only, and several times as large as the model
     evaluated = [line["evaluation_loss"] for line in metrics if "evaluation_loss" in line]
     return {
@@ -128,7 +186,7 @@ def run_sft(settings: Settings, corpus: Corpus, folder: Path, tracker: Tracker, 
 
 
 def _train(
-    settings: Settings, plan: SupervisedPlan, tracker: Tracker, states: Path, name: str
+    settings: Settings, plan: SupervisedPlan, tracker: Tracker, states: Path, name: str, stage: str
 ) -> tuple[list[dict[str, float]], float]:
     """Run the worker group to the end; returns the metrics of every step, and tokens per second of those done here."""
     sft, cluster = settings.sft, settings.cluster
@@ -154,12 +212,12 @@ def _train(
             worker_runtime_env={"env_vars": environment},
         ),
     )  # fmt: skip
-    metrics = MetricsLines(Path(plan.folder) / METRICS_FILE)
+    metrics = MetricsLines(Path(plan.folder) / METRICS_FILE, stage)
     metrics.read()
     done_before = len(metrics.lines)
     started = time.monotonic()
-    with progress_bar("sft", plan.engine["total_steps"]) as bar:
-        run_watched("sft", trainer.fit, lambda: metrics.show(tracker, bar), cluster.call_seconds)
+    with progress_bar(stage, plan.engine["total_steps"]) as bar:
+        run_watched(stage, trainer.fit, lambda: metrics.show(tracker, bar), cluster.call_seconds)
     tokens = sum(line["tokens"] for line in metrics.lines[done_before:])
     return metrics.lines, tokens / (time.monotonic() - started)
 
@@ -167,8 +225,8 @@ def _train(
 class MetricsLines:
     """The lines of the file to which rank 0 appends one per step; a restarted rank cuts it back to its state first."""
 
-    def __init__(self, file: Path) -> None:
-        self._file, self._node, self._read, self._shown = file, 0, 0, 0
+    def __init__(self, file: Path, stage: str = "sft") -> None:
+        self._file, self._stage, self._node, self._read, self._shown = file, stage, 0, 0, 0
         self.lines: list[dict[str, float]] = []
 
     def read(self) -> bool:
@@ -191,7 +249,9 @@ class MetricsLines:
         """Read, and hand steps that were not seen before to the tracker and the bar."""
         changed = self.read()
         for line in self.lines[self._shown :]:
-            tracker.metrics({f"sft/{key}": value for key, value in line.items() if key != "step"}, int(line["step"]))
+            tracker.metrics(
+                {f"{self._stage}/{key}": value for key, value in line.items() if key != "step"}, int(line["step"])
+            )
         if len(self.lines) > self._shown:
             bar.advance(len(self.lines) - self._shown, loss=self.lines[-1]["loss"])
             self._shown = len(self.lines)

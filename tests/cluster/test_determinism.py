@@ -5,7 +5,7 @@ import json
 import pytest
 from small_tables import interactions_table, items_table, write_tables
 
-from cluster.pipeline import STAGES, fingerprint, is_current, read_data, run_stages
+from cluster.pipeline import STAGES, equal_time_steps, fingerprint, is_current, read_data, run_stages, stages_of
 from cluster.settings import load_settings
 
 
@@ -89,15 +89,17 @@ def test_a_changed_data_file_makes_every_stage_stale(tmp_path):
 
 
 def test_the_fingerprint_of_a_stage_follows_its_own_settings(run):
+    every = "evaluation.checkpoints=[sft, sft_continued, srpo]"
     own = {
         "index": "index.balanced=true", "corpus": "corpus.minimum_history=5", "sft": "model.layers=2",
-        "train": "train.objective.clip_high=0.3", "evaluate": "evaluation.chains=2",
+        "train": "train.objective.clip_high=0.3", "sft_continued": "sft_continued.steps=5",
+        "evaluate": "evaluation.chains=2",
     }  # fmt: skip
     assert own.keys() == STAGES.keys()
     order = list(STAGES)
     for name, override in own.items():
         for other in STAGES:
-            changed = fingerprint(run(override), other) != fingerprint(run(), other)
+            changed = fingerprint(run(every, override), other) != fingerprint(run(every), other)
             assert changed == (order.index(other) >= order.index(name)), (override, other)
 
 
@@ -105,6 +107,18 @@ def test_an_evaluation_of_the_supervised_checkpoint_alone_does_not_depend_on_the
     alone = "evaluation.checkpoints=[sft]"
     assert fingerprint(run(alone, "train.steps=7"), "evaluate") == fingerprint(run(alone), "evaluate")
     assert fingerprint(run(alone, "sft.passes=7"), "evaluate") != fingerprint(run(alone), "evaluate")
+
+
+def test_the_continued_supervised_stage_is_part_of_a_run_only_where_it_is_evaluated(run):
+    assert stages_of(run()) == ["index", "corpus", "sft", "train", "evaluate"]
+    assert stages_of(run("evaluation.checkpoints=[sft_continued]")) == list(STAGES)
+    assert fingerprint(run("sft_continued.steps=9"), "evaluate") == fingerprint(run(), "evaluate")
+
+
+def test_supervised_training_goes_on_for_as_long_as_srpo_took():
+    supervised = {"seconds": 99.0, "summary": {"steps": 200, "tokens": 80_000, "tokens_per_second": 1600.0}}
+    assert equal_time_steps({"seconds": 120.0}, supervised) == 480  # 4 steps a second, start-up left out
+    assert equal_time_steps({"seconds": 0.01}, supervised) == 1
 
 
 def test_a_stage_that_failed_is_not_current(run, tmp_path):

@@ -17,6 +17,7 @@ from cluster.run_report import write_report
 from cluster.run_status import show_status
 from cluster.settings import load_settings
 from curriculum.corpus import load_corpus
+from evaluation.chain_interventions import CHAIN_INTERVENTIONS
 from item_index.constraint import MODES
 from item_index.input_error import InputError
 from learner.rollout_files import read_trained_groups
@@ -38,21 +39,35 @@ def run(tmp_path_factory, ray_cluster):
 @pytest.mark.engines
 @pytest.mark.timeout(900)
 def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
-    settings = run("train.validation_steps=1", "train.result=best", "train.dump_rollouts=true")
+    settings = run(
+        "train.validation_steps=1", "train.result=best", "train.dump_rollouts=true", "evaluation.samples=5",
+        "sft_continued.steps=3", "evaluation.checkpoints=[sft, sft_continued, srpo]",
+        f"evaluation.interventions=[{', '.join(CHAIN_INTERVENTIONS)}]",
+    )  # fmt: skip
     run_stages(settings, list(STAGES))
     capsys.readouterr()
 
     results = json.loads((settings.folder / "evaluation" / "results.json").read_text())
     assert set(results) == {
-        "popularity", "markov", "item_knn", "direct_sft", "direct_srpo", "reasoning_sft", "reasoning_srpo",
+        "popularity", "markov", "item_knn", "direct_sft", "direct_sft_continued", "direct_srpo", "reasoning_sft",
+        "reasoning_sft_continued", "reasoning_srpo",
+        *(f"reasoning_srpo/{name}" for name in CHAIN_INTERVENTIONS),
     }  # fmt: skip
-    for values in results.values():
-        assert values["valid_rate"] == 1.0
+    assert {"pass@1", "pass@5"} <= set(results["reasoning_sft"])
+    assert results["reasoning_sft"]["pass@1"] <= results["reasoning_sft"]["pass@5"]
+    for name, values in results.items():
+        assert "/" in name or values["valid_rate"] == 1.0  # a merged list may be shorter
         assert {"recall@10", "ndcg@50", "entropy@10", "recall@10/warm"} <= set(values)
     compared = json.loads((settings.folder / "evaluation" / "comparisons.json").read_text())
     baselines = ["popularity", "markov", "item_knn"]
     assert list(dict.fromkeys((row["system"], row["against"]) for row in compared)) == [
-        (f"{mode}_srpo", against) for mode in ("direct", "reasoning") for against in (f"{mode}_sft", *baselines)
+        *(
+            (f"{mode}_srpo", against)
+            for mode in ("direct", "reasoning")
+            for against in (f"{mode}_sft", f"{mode}_sft_continued", *baselines)
+        ),
+        *((f"reasoning_srpo/{name}", "reasoning_srpo") for name in CHAIN_INTERVENTIONS),
+        ("reasoning_srpo/cited_items_removed", "reasoning_srpo/other_items_removed"),
     ]
     difference = results["direct_srpo"]["ndcg@10"] - results["direct_sft"]["ndcg@10"]
     (row,) = (row for row in compared if (row["measure"], row["against"]) == ("ndcg@10", "direct_sft"))
@@ -60,7 +75,7 @@ def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
     _, html = write_report([settings.folder], settings.folder / "report")  # reads rankings, metrics and curves
     assert html.read_text().count("data:image/png") >= 4
     summary = json.loads((settings.folder / "corpus" / "summary.json").read_text())
-    for stage in ("sft", "srpo"):  # the same figures for the teacher's chains and for the models'
+    for stage in ("sft", "sft_continued", "srpo"):  # the same figures for the teacher's chains and for the models'
         figures = {name.removeprefix("chains/") for name in results[f"reasoning_{stage}"] if name.startswith("chains/")}
         assert set(summary["chains"]) - {"foreign_share"} <= figures
     probe = json.loads((settings.folder / "train" / "probe.json").read_text())
@@ -81,6 +96,8 @@ def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
     assert steps == [(1, 1.0), (2, 2.0)]
     valid = database.execute("select value from metrics where key = 'train/valid_rate'").fetchall()
     assert valid == [(1.0,), (1.0,)]
+    losses = database.execute("select step from metrics where key = 'sft_continued/loss' order by step").fetchall()
+    assert losses == [(1,), (2,), (3,)]
     lengths = database.execute("select value from metrics where key = 'train/chains/think_tokens'").fetchall()
     assert len(lengths) == 2
     parameters = dict(database.execute("select key, value from params"))
@@ -91,7 +108,7 @@ def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
     )
     assert 0 < seconds["train/seconds/tracking"] < seconds["train/seconds/step"]
     versions = database.execute("select name from model_versions").fetchall()
-    assert versions == [("gream-run",)] * 3, "supervised, last and best policy"
+    assert versions == [("gream-run",)] * 4, "supervised, last and best policy, supervised and continued"
     client = MlflowClient(f"sqlite:///{settings.folder / 'mlflow.db'}")
     for alias, stage in (("sft", "sft"), ("srpo", "train"), ("best", "train")):
         tags = client.get_model_version_by_alias("gream-run", alias).tags
