@@ -14,7 +14,7 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors.reward import RewardActor, RewardFailure, ScoredResponses
 from cluster.bundles import REWARD
-from cluster.placement import Placement, WorkLost, await_result, lost, lost_what
+from cluster.placement import DeadlineExceeded, Placement, WorkLost, await_result, lost, lost_what
 from cluster.progress import console
 from cluster.settings import Settings
 from learner.rollouts import RolloutBatch
@@ -74,9 +74,12 @@ class RewardPool:
         return RewardActor.options(**place).remote(*self.arguments, **self.options)
 
     def wait_until_started(self) -> None:
-        """Raises RuntimeError that names the worker which does not start."""
+        """Raises RuntimeError that names the worker which does not start, or DeadlineExceeded."""
         for worker in self.workers:
-            self._await_start(worker)
+            try:
+                self._await_start(worker)
+            except RayError as error:
+                raise RuntimeError(f"{worker.name} did not start: {error}") from error
 
     def score(self, batches: Sequence[ray.ObjectRef], sizes: Sequence[int], *, responses: int) -> list[ScoredResponses]:
         """Scores of all groups of each batch.
@@ -165,23 +168,27 @@ class RewardPool:
         done[number].append((groups, scores))
 
     def _replace(self, worker: _Worker, cause: str) -> None:
-        worker.failures += 1
-        ray.kill(worker.actor)
-        if worker.failures > self.cluster.maximum_restarts:
-            raise RuntimeError(
-                f"{worker.name} {cause}, {worker.failures} times in a row; look at the actor's log in Ray's "
-                "session folder, or raise cluster.maximum_restarts"
-            )
-        self.restarts += 1
-        console.print(f"{worker.name} {cause}, and is started anew", style="yellow", highlight=False)
-        worker.actor = self._start(worker.number)
-        self._await_start(worker)
+        """Start a worker anew, and once more where that one is lost too: a node's death is known later than that of the
+        processes on it, so the first may have been sent there."""
+        while True:
+            worker.failures += 1
+            ray.kill(worker.actor)
+            if worker.failures > self.cluster.maximum_restarts:
+                raise RuntimeError(
+                    f"{worker.name} {cause}, {worker.failures} times in a row; look at the actor's log in Ray's "
+                    "session folder, or raise cluster.maximum_restarts"
+                )
+            self.restarts += 1
+            console.print(f"{worker.name} {cause}, and is started anew", style="yellow", highlight=False)
+            worker.actor = self._start(worker.number)
+            try:
+                return self._await_start(worker)
+            except (DeadlineExceeded, RayError) as error:
+                cause = f"did not start again: {error}"
 
     def _await_start(self, worker: _Worker) -> None:
-        try:
-            await_result(worker.actor.started.remote(), f"the start of {worker.name}", self.cluster.start_seconds)
-        except RayError as error:
-            raise RuntimeError(f"{worker.name} did not start: {error}") from error
+        started = worker.actor.started.remote()
+        await_result(started, f"the start of {worker.name}", self.cluster.start_seconds)
 
 
 def _slices(sizes: Sequence[int], workers: int) -> list[_Slice]:

@@ -138,6 +138,24 @@ def test_a_worker_that_is_lost_is_replaced_and_only_the_group_at_fault_is_given_
     assert made.restarts >= 2
 
 
+def test_a_replacement_that_is_lost_before_it_has_started_is_replaced_as_well(pool, batches, expected, monkeypatch):
+    made = pool("residual_sensitive")
+    start, started = made._start, []
+
+    def start_and_lose_the_first(number):
+        started.append(start(number))
+        if len(started) == 1:
+            ray.kill(started[0])
+        return started[-1]
+
+    monkeypatch.setattr(made, "_start", start_and_lose_the_first)
+    ray.kill(made.workers[0].actor)
+    for scores, own in zip(score(made, batches), expected, strict=True):
+        np.testing.assert_array_equal(scores.rewards, own.rewards)
+    assert made.restarts == len(started) == 2
+    assert made.workers[0].failures == 0
+
+
 def test_a_worker_that_is_lost_again_and_again_ends_the_stage_and_is_named(pool, batches):
     made = pool("reward_functions:always_dies", workers=1, maximum_restarts=1)
     with pytest.raises(RuntimeError, match="reward worker 0 died, 2 times in a row"):
