@@ -2,7 +2,7 @@
 
 A request opts in by `SamplingParams.extra_args["gream"]`, which names its mode, the index version it was made for and
 the item rows that must not be answered; requests without it are left alone. The engine names the index folder and the
-tokenizer in `additional_config["gream"]`.
+tokenizer in `additional_config["gream"]`, and may lift the constraint from all its requests with `constrained` false.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class ConstrainedRequests:
         index = SemanticIdIndex.load(config["index"])
         tokenizer: Any = AutoTokenizer.from_pretrained(config["tokenizer"], local_files_only=True)
         rows = vllm_config.model_config.get_vocab_size()
-        self.constraint = AnswerConstraint.of(index, tokenizer, vocabulary_size=rows)
+        self.constraint = AnswerConstraint.of(
+            index, tokenizer, vocabulary_size=rows, constrained=config.get("constrained", True)
+        )
         self.index_version = index.version
         self.device = device
         self.capacity = capacity

@@ -69,7 +69,9 @@ class LearnerRank:
         self.index_version = ""
         self.version = version
 
-    def prepare_srpo(self, index_folder: str, objective: dict[str, Any], **settings: Any) -> None:
+    def prepare_srpo(
+        self, index_folder: str, objective: dict[str, Any], *, constrained: bool = True, **settings: Any
+    ) -> None:
         """Freeze the starting checkpoint as the reference and bind the constraint: a copy of it, or the base of the
         low-rank weights."""
         language_model = self.engine.engine.module.language_model
@@ -78,7 +80,7 @@ class LearnerRank:
             reference = Policy(load_language_model(self.model_folder, dtype=language_model.dtype, attention=PACKED))
         rows = language_model.config.vocab_size
         index = SemanticIdIndex.load(index_folder)
-        constraint = AnswerConstraint.of(index, self.tokenizer, vocabulary_size=rows)
+        constraint = AnswerConstraint.of(index, self.tokenizer, vocabulary_size=rows, constrained=constrained)
         self.index_version = index.version
         self.group_policy = GroupPolicyLearner(
             self.engine, reference, constraint, ObjectiveSettings(**objective), **settings

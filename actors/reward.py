@@ -125,15 +125,17 @@ class RewardWorker:
     Args:
         terms: arguments of `load_reward_term`, summed up by their weights.
         seconds_per_response: time-out of each of the user's rewards; needs the main thread of the process.
+        constrained: whether the rollouts were sampled under the constraint.
     """
 
     def __init__(
         self, index_folder: str, tokenizer_folder: str, *, minimum_think_tokens: int = 8,
         terms: Sequence[dict[str, Any]] = ({"reward": RESIDUAL_SENSITIVE},), seconds_per_response: float = 10.0,
+        constrained: bool = True,
     ) -> None:  # fmt: skip
         self.index = SemanticIdIndex.load(index_folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        self.constraint = AnswerConstraint.of(self.index, self.tokenizer)
+        self.constraint = AnswerConstraint.of(self.index, self.tokenizer, constrained=constrained)
         self.minimum_think_tokens = minimum_think_tokens
         self.terms = [load_reward_term(**term) for term in terms]
         self.seconds_per_response = seconds_per_response

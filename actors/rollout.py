@@ -102,8 +102,10 @@ class RolloutEngine:
         model_runner: ModelRunner = "v1",
         tensor_parallel: int = 1,
         weight_transfer: str = "object_store",
+        constrained: bool = True,
     ) -> None:
         """Args:
+        constrained: False leaves every response to the model, an ablation.
         weight_transfer: `object_store` (see `update_weights`), or a back end of vLLM's weight transfer (`nccl`, `ipc`).
         tensor_parallel: devices that share the model; above 1 vLLM starts a process for each.
         model_runner: of vLLM; the variable VLLM_USE_V2_MODEL_RUNNER of the actor's process must say the same, see
@@ -147,7 +149,9 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",
             logits_processors=[PROCESSORS[model_runner]],
             worker_extension_cls="actors.worker_extension.RolloutWorkerExtension",
-            additional_config={"gream": {"index": index_folder, "tokenizer": model_folder}},
+            additional_config={
+                "gream": {"index": index_folder, "tokenizer": model_folder, "constrained": constrained}
+            },
             disable_log_stats=True,
             weight_transfer_config=(
                 None if weight_transfer == "object_store" else WeightTransferConfig(backend=weight_transfer)
@@ -156,7 +160,7 @@ class RolloutEngine:
         tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
         self.end_of_sequence = tokenizer.eos_token_id
         index = SemanticIdIndex.load(index_folder)
-        self.constraint = AnswerConstraint.of(index, tokenizer)
+        self.constraint = AnswerConstraint.of(index, tokenizer, constrained=constrained)
         self.index_version = index.version
         self._weight_version = weight_version
         self._broken = ""

@@ -203,6 +203,7 @@ class LearnerRanks:
                 self.index, train.objective.model_dump(), temperature=train.temperature,
                 mini_batch_prompts=train.mini_batch_prompts, micro_batch_tokens=train.micro_batch_tokens,
                 epochs=train.epochs, seed=self.settings.seed, measure_valid_mass=train.measure_valid_mass,
+                constrained=train.constrained_rollouts,
             )
             for rank in self.ranks
         ]  # fmt: skip

@@ -159,7 +159,7 @@ class ObjectiveSection(Section):
 class RewardSection(Section):
     reward: str = Field(
         RESIDUAL_SENSITIVE, min_length=1,
-        description="residual_sensitive, or the import path package.module:name of a reward of your own.",
+        description="residual_sensitive, exact_match (0 or 1), or the import path package.module:name of your own.",
     )  # fmt: skip
     weight: float = Field(1.0, allow_inf_nan=False, description="Its weight in the sum.")
     name: str | None = Field(None, description="Its name in metrics and messages; null takes that of the path.")
@@ -176,6 +176,9 @@ class TrainSettings(Section):
     pass_k: int = Field(4, ge=1, description="K of the Pass@K bonus.")
     reasoning_share: float = Field(0.5, ge=0, le=1, description="Share of the prompts in reasoning mode.")
     exclude_seen: bool = Field(True, description="Answers may not be items of the user's own earlier history.")
+    constrained_rollouts: bool = Field(
+        True, description="Sample under the constraint; false leaves format and items to the model, for ablation."
+    )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; no top-p, no top-k.")
     reasoning_budget: int = Field(1560, ge=1, description="Tokens of a reasoning response at most.")
     rewards: tuple[RewardSection, ...] = Field(
@@ -249,6 +252,8 @@ class TrainSettings(Section):
         names = [term.name or term.reward for term in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"train.rewards has two terms of one name, {names}: give them names of their own")
+        if not self.constrained_rollouts and (self.measure_valid_mass or self.objective.valid_mass_coefficient):
+            raise ValueError("train.measure_valid_mass needs train.constrained_rollouts")
         if self.result == "best" and self.validation_steps is None:
             raise ValueError("train.result best needs train.validation_steps")
         if self.validation_steps is not None and self.probe_prompts == 0:

@@ -54,12 +54,15 @@ class RewardPool:
     After `cluster.maximum_restarts` losses in a row RuntimeError names the worker and the last cause.
     """
 
-    def __init__(self, placement: Placement, settings: Settings, index: str, model: str) -> None:
+    def __init__(
+        self, placement: Placement, settings: Settings, index: str, model: str, *, constrained: bool = True
+    ) -> None:
+        """`constrained` is whether the rollouts are sampled under the constraint."""
         train, self.cluster, self.placement = settings.train, settings.cluster, placement
         self.arguments = (index, model)
         self.options: dict[str, Any] = {
             "minimum_think_tokens": train.minimum_think_tokens, "seconds_per_response": train.reward_seconds,
-            "terms": [term.model_dump() for term in train.rewards],
+            "terms": [term.model_dump() for term in train.rewards], "constrained": constrained,
         }  # fmt: skip
         terms = [
             load_reward_term(**term) for term in self.options["terms"]

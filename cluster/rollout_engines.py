@@ -78,8 +78,10 @@ class RolloutEngines:
     """
 
     def __init__(
-        self, placement: Placement, settings: Settings, index: str, model: str, *, elastic: bool = False
-    ) -> None:
+        self, placement: Placement, settings: Settings, index: str, model: str, *, elastic: bool = False,
+        constrained: bool = True,
+    ) -> None:  # fmt: skip
+        self.constrained = constrained
         self.placement, self.settings, self.cluster, self.index = placement, settings, settings.cluster, index
         self.model, self.model_version = model, 0
         self.chunks: ray.ObjectRef | None = None  # a list of references, sent to each engine as one
@@ -110,6 +112,7 @@ class RolloutEngines:
             kv_cache_mib=cluster.kv_cache_mib, sequences=cluster.rollout_sequences, threads=cluster.threads,
             seed=self.settings.seed, sampler=cluster.rollout_sampler, model_runner=cluster.model_runner,
             tensor_parallel=cluster.tensor_parallel, weight_transfer=cluster.weight_transfer,
+            constrained=self.constrained,
         )  # fmt: skip
 
     def generate(

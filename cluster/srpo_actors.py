@@ -42,8 +42,9 @@ def srpo_actors(settings: Settings, index_folder: Path, checkpoint: Path) -> Ite
     with placed(
         cluster, engines=cluster.rollout_engines, learner_ranks=train.ranks, reward_workers=cluster.reward_workers
     ) as placement:
-        rewards = RewardPool(placement, settings, index, model)
-        rollout = RolloutEngines(placement, settings, index, model, elastic=True)
+        constrained = train.constrained_rollouts
+        rewards = RewardPool(placement, settings, index, model, constrained=constrained)
+        rollout = RolloutEngines(placement, settings, index, model, elastic=True, constrained=constrained)
         try:
             learner = LearnerRanks(placement, settings, index, model)
             rollout.wait_until_started()

@@ -10,6 +10,9 @@ sampler (vLLM) and the learner ask the same code which tokens are allowed, and r
 In free text a token of the first level opens a semantic ID, which must run along the trie to an item. When no more is
 left of the budget than the longest closing, only the shortest way to a closed answer is allowed; its semantic ID is
 still sampled. Excluded items are forbidden in the answer only.
+
+Without the constraint (an ablation) a response is FREE in both modes: any token of the tokenizer, up to the end of
+sequence. Whether it answers an item is then left to the model, excluded items included.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ class Phase(IntEnum):
     ANSWER = 2
     CLOSED = 3
     DONE = 4
+    FREE = 5
 
 
 class ConstraintViolation(ValueError):
@@ -129,18 +133,20 @@ class AllowedTokens:
 
 @dataclass(frozen=True)
 class AnswerConstraint:
-    """The automaton over one trie and one vocabulary."""
+    """The automaton over one trie and one vocabulary; not `constrained`, everything is allowed."""
 
     trie: ItemTrie
     tokens: SemanticIdTokens
+    constrained: bool = True
 
     @classmethod
     def of(
-        cls, index: SemanticIdIndex, tokenizer: Tokenizer, *, vocabulary_size: int | None = None
-    ) -> AnswerConstraint:
+        cls, index: SemanticIdIndex, tokenizer: Tokenizer, *, vocabulary_size: int | None = None,
+        constrained: bool = True,
+    ) -> AnswerConstraint:  # fmt: skip
         """The automaton of an index for a checkpoint's tokenizer; `vocabulary_size` counts the rows of its output head.
         Raises InputError when the tokenizer lacks tokens of the index."""
-        return cls(index.trie, SemanticIdTokens.of(tokenizer, index, vocabulary_size=vocabulary_size))
+        return cls(index.trie, SemanticIdTokens.of(tokenizer, index, vocabulary_size=vocabulary_size), constrained)
 
     @cached_property
     def closing_length(self) -> int:
@@ -154,10 +160,13 @@ class AnswerConstraint:
 
     @cached_property
     def free_text_masks(self) -> np.ndarray:
-        """bool [2, vocabulary]: tokens allowed in free text, in the think block and after it."""
+        """bool [2, vocabulary]: tokens allowed in free text, in the think block and after it; not `constrained`, [1,
+        vocabulary]: all tokens of the tokenizer."""
         tokens = self.tokens
-        masks = np.ones((2, tokens.vocabulary_size), dtype=bool)
+        masks = np.ones((2 if self.constrained else 1, tokens.vocabulary_size), dtype=bool)
         masks[:, tokens.tokenizer_size :] = False
+        if not self.constrained:
+            return masks
         masks[:, tokens.level_of_token > 0] = False
         first_level = np.zeros(tokens.vocabulary_size, dtype=bool)
         children, _ = self.trie.children(np.array([ROOT]))
@@ -205,8 +214,9 @@ class AnswerConstraint:
         full = np.flatnonzero(~excluded_items.open(self.trie, every_row, np.full(len(modes), ROOT)))
         if full.size:
             raise ValueError(f"response {full[0]}: all {self.trie.items} items are excluded; nothing can be answered")
+        phase = np.where(reasoning, Phase.THINK, Phase.ANSWER) if self.constrained else np.full(len(modes), Phase.FREE)
         return ConstraintStates(
-            phase=np.where(reasoning, Phase.THINK, Phase.ANSWER).astype(np.int8),
+            phase=phase.astype(np.int8),
             node=np.full(len(modes), ROOT, dtype=np.int64),
             remaining=np.asarray(budgets, dtype=np.int64).copy(),
             reasoning=reasoning,
@@ -248,6 +258,7 @@ class AnswerConstraint:
         ends[closes] = np.where(phase[closes] == Phase.THINK, tokens.think_close, tokens.answer_open)
 
         free_text = np.where(at_boundary & ~forced, phase, -1).astype(np.int8)
+        free_text[phase == Phase.FREE] = 0  # the only mask of an automaton that is not constrained
         return NextSteps(walks, ends, free_text)
 
     def allowed(self, states: ConstraintStates) -> AllowedTokens:
@@ -289,7 +300,8 @@ class AnswerConstraint:
         down &= ~(forced & ((node == ROOT) | has_item))
 
         at_boundary = free_phase & ((node == ROOT) | has_item)
-        plain = at_boundary & ~forced & (level < 0) & self.free_text_masks[np.minimum(phase, 1), next_tokens]
+        masked = self.free_text_masks[np.where(free_phase, phase, 0), next_tokens]
+        plain = masked & ((at_boundary & ~forced & (level < 0)) | (phase == Phase.FREE))
         think_closes = at_boundary & (phase == Phase.THINK) & (next_tokens == tokens.think_close)
         answer_opens = at_boundary & (phase == Phase.REWRITE) & (next_tokens == tokens.answer_open)
         terminator = np.where(states.reasoning, tokens.answer_close, tokens.end_of_sequence)

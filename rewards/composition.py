@@ -1,4 +1,4 @@
-"""What a response is worth: a weighted sum of rewards, the residual-sensitive one or the user's own.
+"""What a response is worth: a weighted sum of rewards, those that are built in or the user's own.
 
 A reward of the user's is anything that can be called with a `RewardSample` and returns a finite number; a class is made
 once in every reward worker, without arguments. It is named by its import path, `package.module:name`.
@@ -75,7 +75,7 @@ class RewardTerm:
 
     @property
     def built_in(self) -> bool:
-        return self.function is residual_sensitive
+        return self.function in BUILT_IN.values()
 
     def value(self, sample: RewardSample) -> float:
         """The reward of a sample, unweighted. Raises ValueError where it is not a finite number."""
@@ -98,17 +98,25 @@ def residual_sensitive(sample: RewardSample) -> float:
     )
 
 
+def exact_match(sample: RewardSample) -> float:
+    """1 for a hit, else 0: what the residual-sensitive reward is compared with."""
+    return float(sample.hit)
+
+
+BUILT_IN: dict[str, Reward] = {RESIDUAL_SENSITIVE: residual_sensitive, "exact_match": exact_match}
+
+
 def load_reward_term(reward: str, *, weight: float = 1.0, name: str | None = None) -> RewardTerm:
-    """The term of `residual_sensitive`, or of what an import path leads to.
+    """The term of a built-in reward, or of what an import path leads to.
 
     Raises InputError that names the path where it leads to nothing that can be called with one sample.
     """
-    if reward == RESIDUAL_SENSITIVE:
-        return RewardTerm(name or reward, weight, residual_sensitive)
+    if reward in BUILT_IN:
+        return RewardTerm(name or reward, weight, BUILT_IN[reward])
     module_name, separator, attribute = reward.partition(":")
     remedy = "Write package.module:name; the module must be importable on every node (see docs/rewards.md)."
     if not separator or not module_name or not attribute:
-        raise InputError(f"the reward {reward!r} is neither {RESIDUAL_SENSITIVE} nor an import path", remedy=remedy)
+        raise InputError(f"the reward {reward!r} is neither {' nor '.join(BUILT_IN)} nor an import path", remedy=remedy)
     try:
         found = importlib.import_module(module_name)
     except ImportError as error:

@@ -10,7 +10,8 @@ from tiny import policy_of
 
 from actors.learner import LearnerActor
 from actors.reward import RewardWorker
-from actors.rollout import prompt_seeds
+from actors.rollout import ENVIRONMENT, RolloutActor, prompt_seeds
+from item_index.constraint import ConstraintViolation
 from item_index.ragged import RaggedArray
 from learner.rollouts import RolloutPrompts, allowed_in
 from learner.srpo import response_log_probabilities
@@ -139,6 +140,27 @@ def test_every_response_answers_with_an_item_that_is_not_excluded(tiny, rollouts
     assert scores.well_formed[direct].all()
     # A random model writes no step markers: format is not earned by the constraint alone.
     assert not scores.well_formed[~direct].any()
+
+
+def test_without_the_constraint_sampler_and_learner_read_the_same_policy_too(tiny, ray_cluster):
+    engine = RolloutActor.options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT}).remote(
+        str(tiny.checkpoint), str(tiny.index_folder), maximum_tokens=256, sequences=64, kv_cache_mib=64, threads=2,
+        constrained=False,
+    )  # fmt: skip
+    prompts, seeds = tiny.prompts(MODES, budget=40), prompt_seeds(0, 1, len(MODES))
+    batch = ray.get(engine.generate.remote(prompts, responses=6, seeds=seeds), timeout=240)
+    ray.kill(engine)
+    free = replace(tiny.constraint, constrained=False)
+    learner = response_log_probabilities(
+        policy_of(tiny.model), batch, allowed_in(batch, free).allowed, torch.from_numpy(free.free_text_masks),
+        temperature=1.0, micro_batch_tokens=2048,
+    ).numpy()  # fmt: skip
+    assert np.abs(learner - batch.log_probabilities.values).max() < 2e-3
+    scores = RewardWorker(str(tiny.index_folder), str(tiny.checkpoint), constrained=False).score(batch)
+    assert scores.valid.mean() < 0.5  # a model that knows nothing seldom answers with an item of its own accord
+    assert not scores.forced.any()
+    with pytest.raises(ConstraintViolation):
+        RewardWorker(str(tiny.index_folder), str(tiny.checkpoint)).score(batch)
 
 
 def test_the_same_seed_gives_the_same_rollouts_and_another_seed_others(tiny, rollout_engine, rollouts):

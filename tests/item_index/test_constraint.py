@@ -16,14 +16,14 @@ EOS, PAD, THINK, END_THINK, ANSWER, END_ANSWER, WORDS = 0, 1, 2, 3, 4, 5, (6, 7,
 VOCABULARY, TOKENIZER = 40, 36
 
 
-def constraint() -> AnswerConstraint:
+def constraint(*, constrained: bool = True) -> AnswerConstraint:
     codes = np.array([[*item, *[-1] * (3 - len(item))] for item in ITEMS])
     tokens = SemanticIdTokens(
         think_open=THINK, think_close=END_THINK, answer_open=ANSWER, answer_close=END_ANSWER, end_of_sequence=EOS,
         stop_tokens=(PAD,), code_tokens=(np.arange(10, 14), np.arange(20, 22), np.arange(30, 32)),
         tokenizer_size=TOKENIZER, vocabulary_size=VOCABULARY,
     )  # fmt: skip
-    return AnswerConstraint(ItemTrie.build(codes, np.array([len(item) for item in ITEMS])), tokens)
+    return AnswerConstraint(ItemTrie.build(codes, np.array([len(item) for item in ITEMS])), tokens, constrained)
 
 
 CONSTRAINT = constraint()
@@ -143,6 +143,23 @@ def test_scan_of_a_batch_equals_the_scans_one_by_one():
         for position in range(len(response)):
             assert as_set(batch, at) == as_set(alone, position)
             at += 1
+
+
+@pytest.mark.parametrize("mode", ["direct", "reasoning"])
+def test_without_the_constraint_every_token_may_come_until_the_response_ends(mode):
+    free = constraint(constrained=False)
+    everything = {*range(TOKENIZER)}
+    response = [20, THINK, 13, ANSWER, *SPELLED[0], 8, *([6] * CLOSING), EOS]
+    states = free.start([mode], [len(response)], [[0]])
+    allowed = free.scan(RaggedArray.of([response], np.int32), states)
+    assert allowed.listed.values.tolist() == []
+    for kind in allowed.free_text:
+        assert set(np.nonzero(free.free_text_masks[kind])[0].tolist()) == everything
+    assert (states.phase[0], bool(states.forced[0])) == (Phase.DONE, False)
+    assert free.allowed(states).listed[0].tolist() == [EOS]
+    for wrong in ([TOKENIZER], [6, EOS, 6]):
+        with pytest.raises(ConstraintViolation):
+            free.scan(RaggedArray.of([wrong], np.int32), free.start([mode], [20]))
 
 
 def test_a_closing_that_the_budget_forces_is_recorded():

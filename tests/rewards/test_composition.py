@@ -22,6 +22,14 @@ def test_the_built_in_reward_is_the_residual_sensitive_one():
     assert residual_sensitive(replace(SAMPLE, well_formed=False)) == 0
 
 
+def test_exact_match_pays_hits_alone():
+    term = load_reward_term("exact_match")
+    assert term.built_in
+    assert term.value(SAMPLE) == 0
+    assert term.value(replace(SAMPLE, answered_item=9)) == 1
+    assert term.value(replace(SAMPLE, answered_item=9, well_formed=False)) == 0
+
+
 def test_functions_and_classes_are_found_by_their_path():
     function = load_reward_term("reward_functions:length_penalty", weight=2.0)
     assert (function.name, function.weight, function.built_in) == ("length_penalty", 2.0, False)
@@ -41,7 +49,7 @@ def test_what_a_sample_tells():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("my_reward", "'my_reward' is neither residual_sensitive nor an import path"),
+        ("my_reward", "'my_reward' is neither residual_sensitive nor exact_match nor an import path"),
         (":name", "neither"),
         ("no_such_module_here:name", "'no_such_module_here:name' cannot be imported: No module named"),
         ("reward_functions:missing", "has no 'missing'"),
