@@ -7,18 +7,22 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from transformers import AutoTokenizer
 
+from curriculum.corpus import load_sequences
 from item_index.constraint import MODES, AnswerConstraint
+from item_index.neighbours import ItemKNearestNeighbours
 from item_index.semantic_ids import SemanticIdIndex
 from learner.rollouts import RolloutBatch, allowed_in
 from rewards.answer import parse_answer
 from rewards.chains import CHAIN, chain_figures, semantic_ids_in
-from rewards.composition import RESIDUAL_SENSITIVE, RewardSample, load_reward_term
+from rewards.collaborative import CollaborativeReward
+from rewards.composition import RESIDUAL_SENSITIVE, RewardSample, load_reward_term, not_fitted
 
 CONTEXT_CHARACTERS = 200
 
@@ -126,28 +130,34 @@ class RewardWorker:
         terms: arguments of `load_reward_term`, summed up by their weights.
         seconds_per_response: time-out of each of the user's rewards; needs the main thread of the process.
         constrained: whether the rollouts were sampled under the constraint.
+        collaborative: what the reward of that name needs: the corpus `folder`, whose train interactions it is fitted
+            to, and arguments of `ItemKNearestNeighbours`.
     """
 
     def __init__(
         self, index_folder: str, tokenizer_folder: str, *, minimum_think_tokens: int = 8,
         terms: Sequence[dict[str, Any]] = ({"reward": RESIDUAL_SENSITIVE},), seconds_per_response: float = 10.0,
-        constrained: bool = True,
+        constrained: bool = True, collaborative: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.index = SemanticIdIndex.load(index_folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         self.constraint = AnswerConstraint.of(self.index, self.tokenizer, constrained=constrained)
         self.minimum_think_tokens = minimum_think_tokens
-        self.terms = [load_reward_term(**term) for term in terms]
+        fitted = not_fitted if collaborative is None else self._collaborative(**collaborative)
+        self.terms = [load_reward_term(**term, collaborative=fitted) for term in terms]
         self.seconds_per_response = seconds_per_response
         if not all(term.built_in for term in self.terms):
             if threading.current_thread() is not threading.main_thread():
                 raise ValueError("rewards with a time-out can be computed in the main thread of a process alone")
             signal.signal(signal.SIGALRM, _interrupt)
-        self.item_codes = [
-            tuple(int(code) for code in codes[:length])
-            for codes, length in zip(self.index.codes_IL, self.index.lengths_I, strict=True)
-        ]
-        self.item_of_codes = {codes: row for row, codes in enumerate(self.item_codes)}
+        self.item_of_codes = self.index.row_of_codes
+        self.item_codes = list(self.item_of_codes)  # in the order of the rows
+
+    def _collaborative(self, folder: str, **arguments: Any) -> CollaborativeReward:
+        sequences = load_sequences(Path(folder))
+        train = [sequences.train(user) for user in range(len(sequences))]
+        neighbours = ItemKNearestNeighbours(**arguments).fit(train, len(self.index.item_ids))
+        return CollaborativeReward(neighbours, self.index.item_ids)
 
     def started(self) -> bool:
         """Answered once the rewards are loaded."""

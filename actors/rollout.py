@@ -149,9 +149,7 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",
             logits_processors=[PROCESSORS[model_runner]],
             worker_extension_cls="actors.worker_extension.RolloutWorkerExtension",
-            additional_config={
-                "gream": {"index": index_folder, "tokenizer": model_folder, "constrained": constrained}
-            },
+            additional_config={"gream": {"index": index_folder, "tokenizer": model_folder, "constrained": constrained}},
             disable_log_stats=True,
             weight_transfer_config=(
                 None if weight_transfer == "object_store" else WeightTransferConfig(backend=weight_transfer)

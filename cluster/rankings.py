@@ -92,14 +92,10 @@ def intervention_rankings(
 ) -> np.ndarray:  # fmt: skip
     """Reasoning mode after an intervention on its chains or on the histories before them. int32 [users, K]."""
     index, builder = corpus.index, corpus.builder
-    rows = {
-        tuple(int(code) for code in codes[:length]): row
-        for row, (codes, length) in enumerate(zip(index.codes_IL, index.lengths_I, strict=True))
-    }
     opened = intervene(
         intervention, chains, [history[-builder.history_items :] for history in prompts.excluded],
-        prompt_of=lambda history: builder.prompt(history, "reasoning"), item_of_codes=rows.get, tokens=builder.tokens,
-        seed=settings.seed,
+        prompt_of=lambda history: builder.prompt(history, "reasoning"), item_of_codes=index.row_of_codes.get,
+        tokens=builder.tokens, seed=settings.seed,
     )  # fmt: skip
     return merged_rankings(settings, opened, prompts.excluded, ranker, bar.advance)
 

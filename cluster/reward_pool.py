@@ -18,7 +18,7 @@ from cluster.placement import DeadlineExceeded, Placement, WorkLost, await_resul
 from cluster.progress import console
 from cluster.settings import Settings
 from learner.rollouts import RolloutBatch
-from rewards.composition import load_reward_term
+from rewards.composition import COLLABORATIVE, load_reward_term
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ class RewardPool:
         terms = [
             load_reward_term(**term) for term in self.options["terms"]
         ]  # a wrong path is known before engines start
+        if any(term.reward == COLLABORATIVE for term in train.rewards):
+            corpus = str(settings.folder.resolve() / "corpus")
+            self.options["collaborative"] = {"folder": corpus} | train.collaborative.model_dump()
         self.terms = [term.name for term in terms]
         self.own_terms = sum(not term.built_in for term in terms)
         self.restarts = 0

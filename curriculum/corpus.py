@@ -26,6 +26,8 @@ from item_index.semantic_ids import SemanticIdIndex
 from item_index.tokens import SemanticIdTokens
 from rewards.chains import chain_metrics
 
+SEQUENCES_FILE = "sequences.parquet"
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -119,7 +121,7 @@ def build_corpus(
                 "held_out": pa.ListArray.from_arrays(sequences.offsets_U1.astype(np.int32), held_out),
             }
         ),
-        folder / "sequences.parquet",
+        folder / SEQUENCES_FILE,
     )
     pq.write_table(
         pa.table(
@@ -185,25 +187,31 @@ def build_corpus(
     return summary
 
 
+def load_sequences(folder: Path) -> UserSequences:
+    """The users' items of a corpus folder."""
+    table = pq.read_table(folder / SEQUENCES_FILE, columns=["user_id", "items", "timestamps"])
+    items = table["items"].combine_chunks()
+    return UserSequences(
+        user_ids=tuple(table["user_id"].to_pylist()),
+        offsets_U1=items.offsets.to_numpy().astype(np.int64),
+        items=items.values.to_numpy(zero_copy_only=False).astype(np.int64),
+        timestamps=table["timestamps"].combine_chunks().values.to_numpy(zero_copy_only=False).astype(np.int64),
+    )
+
+
 def load_corpus(folder: Path, index_folder: Path) -> Corpus:
     """Read a corpus folder and its index. Raises InputError when the tokenizer lacks the index's tokens."""
     index = SemanticIdIndex.load(index_folder)
     summary = json.loads((folder / "summary.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
     tokens = SemanticIdTokens.of(tokenizer, index)
-    table = pq.read_table(folder / "sequences.parquet")
-    items = table["items"].combine_chunks()
-    sequences = UserSequences(
-        user_ids=tuple(table["user_id"].to_pylist()),
-        offsets_U1=items.offsets.to_numpy().astype(np.int64),
-        items=items.values.to_numpy(zero_copy_only=False).astype(np.int64),
-        timestamps=table["timestamps"].combine_chunks().values.to_numpy(zero_copy_only=False).astype(np.int64),
-    )
     return Corpus(
         index=index,
         catalogue=Catalogue.load(folder / "items.parquet"),
-        sequences=sequences,
-        held_out=table["held_out"].combine_chunks().values.to_numpy(zero_copy_only=False),
+        sequences=load_sequences(folder),
+        held_out=pq.read_table(folder / SEQUENCES_FILE, columns=["held_out"])["held_out"]
+        .combine_chunks()
+        .values.to_numpy(zero_copy_only=False),
         reasoning=[
             ReasoningExample(**row | {"history": tuple(row["history"])})
             for row in pq.read_table(folder / "reasoning.parquet").to_pylist()

@@ -8,11 +8,10 @@ from typing import Literal, Protocol, Self
 import numpy as np
 from scipy import sparse
 
-from item_index.ragged import RaggedArray
+from item_index.neighbours import recency_weights, rows_of_catalogue
 
 BaselineName = Literal["popularity", "markov", "item_knn", "sasrec", "gru4rec"]
 COUNTING_BASELINES: tuple[BaselineName, ...] = ("popularity", "markov", "item_knn")
-LAST_ITEMS = 20
 
 
 class Baseline(Protocol):
@@ -32,7 +31,7 @@ class Popularity:
     counts_I: np.ndarray = field(init=False, repr=False)
 
     def fit(self, train: list[np.ndarray], items: int) -> Self:
-        rows = _checked(train, items)
+        rows = rows_of_catalogue(train, items)
         self.counts_I = np.bincount(rows.values, minlength=items).astype(np.float32)
         return self
 
@@ -51,7 +50,7 @@ class MarkovChain:
     transitions_II: sparse.csr_array = field(init=False, repr=False)
 
     def fit(self, train: list[np.ndarray], items: int) -> Self:
-        rows = _checked(train, items)
+        rows = rows_of_catalogue(train, items)
         user = np.repeat(np.arange(len(rows)), rows.lengths)
         earlier, later = [], []
         for step in range(1, self.window + 1):
@@ -64,49 +63,8 @@ class MarkovChain:
         return self
 
     def scores(self, histories: list[np.ndarray]) -> np.ndarray:
-        last_UI = _recency_weights([history[-1:] for history in histories], self.transitions_II.shape[0], decay=1.0)
+        last_UI = recency_weights([history[-1:] for history in histories], self.transitions_II.shape[0], decay=1.0)
         return (last_UI @ self.transitions_II).toarray()
-
-
-@dataclass
-class ItemKNearestNeighbours:
-    """Scores an item by its similarity to the last 20 items of the history, each step back weighted by `decay` more.
-
-    The similarity of i and j is n_ij / (sqrt(n_i n_j) + shrink) over users who have them (n_ij: both), the cosine of
-    their columns for shrink 0. Each item of the history votes for its `neighbours` most similar items, of equal ones
-    those with the lower row. An empty history scores 0 everywhere.
-    """
-
-    neighbours: int = 1000
-    shrink: float = 0.0
-    decay: float = 0.6
-    similarity_II: sparse.csr_array = field(init=False, repr=False)
-
-    def fit(self, train: list[np.ndarray], items: int) -> Self:
-        rows = _checked(train, items)
-        users_UI = sparse.csr_array(
-            (np.ones(len(rows.values), dtype=np.float64), rows.values, rows.offsets), shape=(len(rows), items)
-        )
-        users_UI.sum_duplicates()
-        users_UI.data[:] = 1.0  # a user has an item or not
-        together_II = (users_UI.T @ users_UI).tocoo()
-        counts_I = users_UI.sum(axis=0)
-        item, other = together_II.coords
-        similarity = together_II.data / (np.sqrt(counts_I[item] * counts_I[other]) + self.shrink)
-        kept = item != other
-        item, other, similarity = item[kept], other[kept], similarity[kept]
-        order = np.lexsort((other, -similarity, item))
-        item, other, similarity = item[order], other[order], similarity[order]
-        rank = np.arange(len(item)) - np.searchsorted(item, item)  # among the neighbours of its item
-        near = rank < self.neighbours
-        self.similarity_II = sparse.csr_array(
-            (similarity[near].astype(np.float32), (item[near], other[near])), shape=(items, items)
-        )
-        return self
-
-    def scores(self, histories: list[np.ndarray]) -> np.ndarray:
-        recent = [history[-LAST_ITEMS:] for history in histories]
-        return (_recency_weights(recent, self.similarity_II.shape[0], self.decay) @ self.similarity_II).toarray()
 
 
 def rank_unseen(scores_UI: np.ndarray, seen: list[np.ndarray], k: int) -> np.ndarray:
@@ -123,7 +81,7 @@ def rank_unseen(scores_UI: np.ndarray, seen: list[np.ndarray], k: int) -> np.nda
     if np.isnan(scores_UI).any():
         raise ValueError(f"user {int(np.argmax(np.isnan(scores_UI).any(axis=1)))}: a score is not a number")
     items = scores_UI.shape[1]
-    rows = _checked(seen, items)
+    rows = rows_of_catalogue(seen, items)
     masked_UI = scores_UI.copy() if np.issubdtype(scores_UI.dtype, np.floating) else scores_UI.astype(np.float64)
     masked_UI[np.repeat(np.arange(len(rows)), rows.lengths), rows.values] = -np.inf
     best_UK = np.argsort(-masked_UI, axis=1, kind="stable")[:, :k]
@@ -131,21 +89,3 @@ def rank_unseen(scores_UI: np.ndarray, seen: list[np.ndarray], k: int) -> np.nda
     out = np.take_along_axis(masked_UI, best_UK, axis=1) == -np.inf
     ranked_UK[:, : best_UK.shape[1]] = np.where(out, -1, best_UK)
     return ranked_UK
-
-
-def _recency_weights(histories: list[np.ndarray], items: int, decay: float) -> sparse.csr_array:
-    """float32 [users, items]: decay ** (steps back from the last item), summed over an item's places."""
-    rows = _checked(histories, items)
-    steps_back = np.repeat(rows.offsets[1:], rows.lengths) - 1 - np.arange(len(rows.values))
-    weights = (decay**steps_back).astype(np.float32)
-    return sparse.csr_array((weights, rows.values, rows.offsets), shape=(len(rows), items))
-
-
-def _checked(rows: list[np.ndarray], items: int) -> RaggedArray:
-    ragged = RaggedArray.of(rows, np.int64)
-    wrong = (ragged.values < 0) | (ragged.values >= items)
-    if wrong.any():
-        place = int(np.argmax(wrong))
-        user = int(np.searchsorted(ragged.offsets, place, side="right")) - 1
-        raise ValueError(f"user {user}: item {ragged.values[place]} is not a row of the {items} items")
-    return ragged

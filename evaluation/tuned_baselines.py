@@ -14,13 +14,13 @@ from evaluation.baselines import (
     COUNTING_BASELINES,
     Baseline,
     BaselineName,
-    ItemKNearestNeighbours,
     MarkovChain,
     Popularity,
     rank_unseen,
 )
 from evaluation.metrics import ranking_measures
 from evaluation.sequential_baselines import SequentialArchitecture, SequentialRecommender
+from item_index.neighbours import ItemKNearestNeighbours
 
 TUNING_CUTOFF = 10
 PATIENCE = 8  # passes without a better validation figure after which a neural baseline is given up

@@ -117,6 +117,12 @@ class SemanticIdIndex:
         return "".join(self.token(level, int(self.codes_IL[row, level])) for level in range(self.lengths_I[row]))
 
     @cached_property
+    def row_of_codes(self) -> dict[tuple[int, ...], int]:
+        """The item's row by all codes of its semantic ID."""
+        rows = zip(self.codes_IL.tolist(), self.lengths_I.tolist(), strict=True)
+        return {tuple(codes[:length]): row for row, (codes, length) in enumerate(rows)}
+
+    @cached_property
     def trie(self) -> ItemTrie:
         """The trie of all items; mapped from its file where the index was loaded from a folder."""
         return ItemTrie.build(self.codes_IL, self.lengths_I)

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from item_index.input_error import InputError
 from rewards.residual import residual_sensitive_reward
 
-RESIDUAL_SENSITIVE = "residual_sensitive"
+RESIDUAL_SENSITIVE, COLLABORATIVE = "residual_sensitive", "collaborative"
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,12 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class RewardTerm:
-    """A summand: its name in metrics and messages, its weight, and what computes it."""
+    """A summand: its name in metrics and messages, its weight, what computes it, and whether that is ours."""
 
     name: str
     weight: float
     function: Reward
-
-    @property
-    def built_in(self) -> bool:
-        return self.function in BUILT_IN.values()
+    built_in: bool = False
 
     def value(self, sample: RewardSample) -> float:
         """The reward of a sample, unweighted. Raises ValueError where it is not a finite number."""
@@ -103,16 +100,29 @@ def exact_match(sample: RewardSample) -> float:
     return float(sample.hit)
 
 
-BUILT_IN: dict[str, Reward] = {RESIDUAL_SENSITIVE: residual_sensitive, "exact_match": exact_match}
+def not_fitted(sample: RewardSample) -> float:
+    """Stands for a built-in reward that has to see the train interactions first."""
+    raise ValueError("the reward was not fitted to train interactions")
 
 
-def load_reward_term(reward: str, *, weight: float = 1.0, name: str | None = None) -> RewardTerm:
+BUILT_IN: dict[str, Reward] = {
+    RESIDUAL_SENSITIVE: residual_sensitive, "exact_match": exact_match, COLLABORATIVE: not_fitted,
+}  # fmt: skip
+
+
+def load_reward_term(
+    reward: str, *, weight: float = 1.0, name: str | None = None, collaborative: Reward = not_fitted
+) -> RewardTerm:
     """The term of a built-in reward, or of what an import path leads to.
+
+    Args:
+        collaborative: what computes the reward of that name, fitted.
 
     Raises InputError that names the path where it leads to nothing that can be called with one sample.
     """
     if reward in BUILT_IN:
-        return RewardTerm(name or reward, weight, BUILT_IN[reward])
+        function = collaborative if reward == COLLABORATIVE else BUILT_IN[reward]
+        return RewardTerm(name or reward, weight, function, built_in=True)
     module_name, separator, attribute = reward.partition(":")
     remedy = "Write package.module:name; the module must be importable on every node (see docs/rewards.md)."
     if not separator or not module_name or not attribute:

@@ -1,6 +1,8 @@
 """The reward worker on responses drawn at random under the constraint: the figures of chains beside the rewards."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from actors.reward import RewardWorker
@@ -47,6 +49,21 @@ def test_chains_are_read_against_the_history_that_the_prompt_shows(tiny, worker)
     assert metrics["chains/empty_share"] == 0.5  # the direct response is no chain
     assert metrics["chains/foreign_share"] == pytest.approx(1 / 5)
     assert metrics["chains/think_tokens"] == think_tokens / 2
+
+
+def test_the_collaborative_reward_is_fitted_to_the_train_parts_of_the_corpus(tiny, tmp_path):
+    sequences = [[3, 4, 9, 9], [3, 5, 9, 9], [3, 5, 8, 8]]  # the last two are validation and test
+    lists = pa.array(sequences, pa.list_(pa.int64()))
+    table = {"user_id": ["u", "v", "w"], "items": lists, "timestamps": lists}
+    pq.write_table(pa.table(table), tmp_path / "sequences.parquet")
+    made = RewardWorker(
+        str(tiny.index_folder), str(tiny.checkpoint), terms=[{"reward": "collaborative"}],
+        collaborative={"folder": str(tmp_path), "decay": 1.0},
+    )  # fmt: skip
+    prompts = tiny.prompts(["direct", "direct"])  # show items 0 to 3 and 3 to 6
+    scores = made.score(scripted(tiny, prompts, [tiny.builder.direct_response(item) for item in (5, 4, 9, 7)]))
+    cosines = np.array([2 / 6**0.5, 1 / 3**0.5, 0])  # of item 3 to items 5, 4 and 9
+    assert scores.rewards[:3] == pytest.approx(cosines / cosines[0])
 
 
 def test_metrics_of_a_step_take_all_reasoning_groups_of_all_rounds(tiny, worker):

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.baselines import ItemKNearestNeighbours, MarkovChain, Popularity, rank_unseen
+from evaluation.baselines import MarkovChain, Popularity, rank_unseen
+from item_index.neighbours import ItemKNearestNeighbours
 
 ITEMS = 6
 histories_strategy = st.lists(
@@ -45,52 +44,6 @@ def test_markov_chain_agrees_with_a_loop(train: list[np.ndarray], histories: lis
                 counts[item, later] += 1
     expected = [counts[row[-1]] if len(row) else np.zeros(ITEMS) for row in histories]
     np.testing.assert_array_equal(MarkovChain(window).fit(train, ITEMS).scores(histories), expected)
-
-
-def test_neighbours_by_cosine_with_recency() -> None:
-    train = rows([0, 1], [0, 1], [0, 2])
-    similar = [1, 2 / math.sqrt(3 * 2), 1 / math.sqrt(3)]  # of item 0 to items 1 and 2
-    model = ItemKNearestNeighbours(neighbours=10, shrink=0.0, decay=0.5).fit(train, 4)
-    np.testing.assert_allclose(model.scores(rows([0])), [[0, similar[1], similar[2], 0]], rtol=1e-6)
-    # One step back counts half; items of the history are scored as well.
-    np.testing.assert_allclose(
-        model.scores(rows([2, 0])), [[0.5 * similar[2], similar[1], similar[2], 0]], rtol=1e-6
-    )  # fmt: skip
-    nearest = ItemKNearestNeighbours(neighbours=1, shrink=0.0).fit(train, 4)
-    np.testing.assert_allclose(nearest.scores(rows([0])), [[0, similar[1], 0, 0]], rtol=1e-6)
-
-
-def test_neighbours_vote_for_the_last_20_items_only() -> None:
-    train = rows([0, 1], [2, 3])
-    model = ItemKNearestNeighbours(decay=1.0).fit(train, 4)
-    assert model.scores(rows([0, *[2] * 19]))[0, 1] > 0
-    assert model.scores(rows([0, *[2] * 20]))[0, 1] == 0
-
-
-@given(
-    histories_strategy,
-    histories_strategy,
-    st.integers(1, ITEMS),
-    st.sampled_from([0.0, 2.5]),
-    st.sampled_from([0.5, 1.0]),
-)
-def test_neighbours_agree_with_a_loop(
-    train: list[np.ndarray], histories: list[np.ndarray], neighbours: int, shrink: float, decay: float
-) -> None:
-    has = np.array([[item in row for item in range(ITEMS)] for row in train], dtype=float)
-    similarity = np.zeros((ITEMS, ITEMS))
-    for item in range(ITEMS):
-        for other in range(ITEMS):
-            together = float(has[:, item] @ has[:, other])
-            if item != other and together:
-                similarity[item, other] = together / (math.sqrt(has[:, item].sum() * has[:, other].sum()) + shrink)
-        similarity[item, np.argsort(-similarity[item], kind="stable")[neighbours:]] = 0
-    expected = np.zeros((len(histories), ITEMS))
-    for user, row in enumerate(histories):
-        for back, item in enumerate(row[::-1]):
-            expected[user] += decay**back * similarity[item]
-    model = ItemKNearestNeighbours(neighbours, shrink, decay).fit(train, ITEMS)
-    np.testing.assert_allclose(model.scores(histories), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("model", [Popularity(), MarkovChain(), ItemKNearestNeighbours()])

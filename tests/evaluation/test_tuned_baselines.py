@@ -5,9 +5,10 @@ from typing import get_args
 import numpy as np
 
 from curriculum.interactions import UserSequences
-from evaluation.baselines import BaselineName, ItemKNearestNeighbours, MarkovChain, Popularity
+from evaluation.baselines import BaselineName, MarkovChain, Popularity
 from evaluation.sequential_baselines import SequentialRecommender
 from evaluation.tuned_baselines import tuned_baselines
+from item_index.neighbours import ItemKNearestNeighbours
 
 
 def rows(*lists: list[int]) -> list[np.ndarray]:

@@ -49,7 +49,7 @@ def test_what_a_sample_tells():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("my_reward", "'my_reward' is neither residual_sensitive nor exact_match nor an import path"),
+        ("my_reward", "'my_reward' is neither residual_sensitive nor exact_match nor collaborative nor an import path"),
         (":name", "neither"),
         ("no_such_module_here:name", "'no_such_module_here:name' cannot be imported: No module named"),
         ("reward_functions:missing", "has no 'missing'"),

@@ -1,0 +1,55 @@
+"""The collaborative reward against the scores that it is made of."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from item_index.neighbours import ItemKNearestNeighbours
+from rewards.collaborative import CollaborativeReward
+from rewards.composition import RewardSample, load_reward_term
+
+ITEM_IDS = ("a", "b", "c", "d", "e")
+TRAIN = [np.array(row) for row in ([0, 1, 2], [0, 1], [1, 2], [3, 0], [4])]
+SAMPLE = RewardSample(
+    mode="direct", tokens=(), history=("a",), true_item="d", answered_item="b", true_codes=(0,), answered_codes=(1,),
+    levels=1, well_formed=True, forced=False, decode=lambda tokens: "",
+)  # fmt: skip
+
+
+@pytest.fixture
+def reward():
+    return CollaborativeReward(ItemKNearestNeighbours(decay=0.5).fit(TRAIN, len(ITEM_IDS)), ITEM_IDS)
+
+
+def test_it_is_the_share_of_the_best_unseen_item(reward):
+    # Cosines of item a (3 users): b 2 / sqrt(3 * 3), c 1 / sqrt(3 * 2), d 1 / sqrt(3 * 1), e none.
+    assert reward(SAMPLE) == 1
+    assert reward(replace(SAMPLE, answered_item="c")) == pytest.approx((1 / 6**0.5) / (2 / 3))
+    assert reward(replace(SAMPLE, answered_item="d")) == pytest.approx((1 / 3**0.5) / (2 / 3))
+    assert reward(replace(SAMPLE, answered_item="e")) == 0
+    # Of another history; its own items, the best of all here, do not set the scale.
+    assert reward(replace(SAMPLE, history=("c", "a"), answered_item="b")) == 1
+    both = 2 / 6**0.5 * 0.5 + 1 / 6**0.5  # of item c after b and a: b is a step back
+    assert reward(replace(SAMPLE, history=("b", "a"), answered_item="c")) == 1
+    assert reward(replace(SAMPLE, history=("b", "a"), answered_item="d")) == pytest.approx((1 / 3**0.5) / both)
+    assert reward(SAMPLE) == 1
+
+
+def test_what_is_no_answer_an_item_of_the_history_or_without_neighbours_gets_nothing(reward):
+    assert reward(replace(SAMPLE, well_formed=False)) == 0
+    assert reward(replace(SAMPLE, answered_item=None)) == 0
+    assert reward(replace(SAMPLE, answered_item="a")) == 0
+    assert reward(replace(SAMPLE, history=("e",))) == 0
+    assert reward(replace(SAMPLE, history=())) == 0
+
+
+def test_the_true_item_plays_no_part(reward):
+    assert reward(replace(SAMPLE, true_item="b")) == reward(SAMPLE)
+
+
+def test_the_term_has_to_be_fitted(reward):
+    term = load_reward_term("collaborative", weight=2.0, collaborative=reward)
+    assert (term.name, term.weight, term.built_in, term.value(SAMPLE)) == ("collaborative", 2.0, True, 1.0)
+    with pytest.raises(ValueError, match="not fitted"):
+        load_reward_term("collaborative").value(SAMPLE)
