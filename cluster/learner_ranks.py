@@ -187,7 +187,8 @@ class LearnerRanks:
                 self.model,
                 engine={
                     "learning_rate": train.learning_rate, "weight_decay": train.weight_decay,
-                    "warm_up_steps": train.warm_up_steps, "total_steps": train.steps, "schedule": "constant",
+                    "warm_up_steps": train.warm_up_steps, "total_steps": train.optimizer_steps,
+                    "schedule": train.learning_rate_schedule,
                     "gradient_clip": train.gradient_clip, "zero_stage": train.zero_stage, "dtype": train.dtype,
                     "offload_optimizer": train.offload_optimizer,
                     "maximum_skipped_steps": train.maximum_skipped_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -200,6 +201,9 @@ class TrainSettings(Section):
     minimum_think_tokens: int = Field(8, ge=0, description="A shorter think block earns no format credit.")
     learning_rate: float = Field(2e-6, ge=0, description="Learning rate after the warm-up.")
     warm_up_steps: int = Field(10, ge=0, description="Optimizer steps with a growing learning rate.")
+    learning_rate_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="After the warm-up: constant, or down to 0 at the end of the stage."
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
     gradient_clip: float = Field(1.0, gt=0, description="Clip of the global gradient norm.")
     micro_batch_tokens: int = Field(8192, ge=1, description="Packed tokens of one forward pass of a rank at most.")
@@ -279,3 +283,8 @@ class TrainSettings(Section):
         if self.low_rank is not None and self.low_rank.dropout:
             raise ValueError("train.low_rank.dropout must be 0: under dropout learner and sampler are two policies")
         return self
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole stage, where every step finds its groups."""
+        return self.steps * self.epochs * math.ceil(self.prompts_per_step / self.mini_batch_prompts)

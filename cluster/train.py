@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,9 @@ class SrpoLoop:
         total = time.perf_counter() - started
         responses = sum(scores.rewards.size for _, scores in batch.scored)
         return {
-            **rollout_metrics(batch.scored, minimum_think_tokens=train.minimum_think_tokens),
+            **rollout_metrics(
+                batch.scored, minimum_think_tokens=train.minimum_think_tokens, terms=actors.rewards.terms
+            ),
             **{f"learner/{name}": value for name, value in learnt.items()},
             **batch.metrics,
             **{f"groups/{name}": share for name, share in alike_groups(batch.scored).items()},
@@ -138,9 +141,10 @@ def show_failures(scored: Scored) -> None:
         console.print(f"and {len(failures) - FAILURES_SHOWN} more in this step", style="yellow")
 
 
-def rollout_metrics(scored: Scored, *, minimum_think_tokens: int) -> dict[str, float]:
-    """Means over all generated groups that could be scored, by mode, and under `chains/` what the reasoning chains are
-    made of. `coverage` is the number of different answers by that of answers."""
+def rollout_metrics(scored: Scored, *, minimum_think_tokens: int, terms: Sequence[str] = ()) -> dict[str, float]:
+    """Means over all generated groups that could be scored, by mode, under `rewards/` those of each of several `terms`
+    before its weight, and under `chains/` what the reasoning chains are made of. `coverage` is the number of different
+    answers by that of answers."""
     metrics: dict[str, float] = {}
     reasoning_G = np.concatenate([flags for flags, _ in scored])
 
@@ -152,6 +156,9 @@ def rollout_metrics(scored: Scored, *, minimum_think_tokens: int) -> dict[str, f
     known = np.repeat(scored_G, sizes_G)
     reasoning, rewards = np.repeat(reasoning_G, sizes_G), column("rewards")
     metrics["reward"] = float(rewards[known].mean())
+    if len(terms) > 1:
+        means = column("components")[known].mean(axis=0)
+        metrics |= {f"rewards/{term}": float(mean) for term, mean in zip(terms, means, strict=True)}
     metrics["valid_rate"] = float(column("valid").mean())
     items = column("items")
     metrics["coverage"] = len(np.unique(items[items >= 0])) / max(int((items >= 0).sum()), 1)

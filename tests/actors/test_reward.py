@@ -66,6 +66,16 @@ def test_the_collaborative_reward_is_fitted_to_the_train_parts_of_the_corpus(tin
     assert scores.rewards[:3] == pytest.approx(cosines / cosines[0])
 
 
+def test_several_terms_have_a_mean_each(tiny):
+    terms = [{"reward": "residual_sensitive"}, {"reward": "exact_match", "weight": 3.0}]
+    made = RewardWorker(str(tiny.index_folder), str(tiny.checkpoint), terms=terms)
+    prompts = tiny.prompts(["direct"])  # the true item is 4
+    scores = made.score(scripted(tiny, prompts, [tiny.builder.direct_response(item) for item in (4, 5, 9, 4)]))
+    metrics = rollout_metrics([(prompts.reasoning, scores)], minimum_think_tokens=8, terms=["residual", "hits"])
+    assert metrics["rewards/hits"] == 0.5
+    assert metrics["reward"] == pytest.approx(metrics["rewards/residual"] + 3 * 0.5)
+
+
 def test_metrics_of_a_step_take_all_reasoning_groups_of_all_rounds(tiny, worker):
     rounds = []
     for seed, modes in enumerate((["reasoning", "direct"], ["direct"], ["reasoning"])):

@@ -41,7 +41,9 @@ def run(tmp_path_factory, ray_cluster):
 def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
     settings = run(
         "train.validation_steps=1", "train.result=best", "train.dump_rollouts=true", "evaluation.samples=5",
-        "sft_continued.steps=3", "evaluation.checkpoints=[sft, sft_continued, srpo]",
+        "sft_continued.steps=3", "evaluation.checkpoints=[sft, sft_continued, srpo]", "train.warm_up_steps=1",
+        "train.learning_rate_schedule=cosine",
+        "train.rewards=[{reward: residual_sensitive}, {reward: collaborative, weight: 0.5}]",
         f"evaluation.interventions=[{', '.join(CHAIN_INTERVENTIONS)}]",
     )  # fmt: skip
     run_stages(settings, list(STAGES))
@@ -96,6 +98,13 @@ def test_all_stages_run_and_a_second_run_reuses_them(run, capsys):
     assert steps == [(1, 1.0), (2, 2.0)]
     valid = database.execute("select value from metrics where key = 'train/valid_rate'").fetchall()
     assert valid == [(1.0,), (1.0,)]
+    sums = dict(database.execute("select key, sum(value) from metrics where key like 'train/reward%' group by key"))
+    assert sums["train/rewards/collaborative"] > 0
+    terms = sums["train/rewards/residual_sensitive"] + 0.5 * sums["train/rewards/collaborative"]
+    assert sums["train/reward"] == pytest.approx(terms, rel=1e-5)
+    rates = database.execute("select value from metrics where key = 'train/learner/learning_rate' order by step")
+    first, last = (rate for (rate,) in rates)
+    assert last < first  # two of four optimizer steps, and all four
     losses = database.execute("select step from metrics where key = 'sft_continued/loss' order by step").fetchall()
     assert losses == [(1,), (2,), (3,)]
     lengths = database.execute("select value from metrics where key = 'train/chains/think_tokens'").fetchall()

@@ -217,3 +217,10 @@ def test_settings_cannot_be_changed_after_they_were_checked():
     settings = Settings()
     with pytest.raises(ValueError, match="frozen"):
         settings.seed = 5
+
+
+def test_optimizer_steps_count_mini_batches_that_are_not_full():
+    settings = load_settings(
+        None, ["train.steps=3", "train.prompts_per_step=5", "train.mini_batch_prompts=2", "train.epochs=2"]
+    )
+    assert settings.train.optimizer_steps == 3 * 3 * 2
