@@ -18,7 +18,7 @@ from curriculum.row_files import RowFile
 from learner.engine import LearnerEngine, initialize_process_group
 from learner.low_rank import LowRankSettings, add_low_rank_weights
 from learner.packed_attention import PACKED
-from learner.policy import Policy, load_language_model
+from learner.policy import Policy, add_dropout, load_language_model
 from learner.supervised import learnt_tokens, supervised_loss, supervised_step
 from learner.training_state import load_training_state, save_training_state
 
@@ -39,6 +39,7 @@ class SupervisedPlan:
         known_tokens: rows of the embeddings from here on are new, and trained also beside frozen weights.
         micro_batch_tokens: tokens of one forward pass at most.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        dropout: see `add_dropout`.
         checkpoint_steps, evaluation_steps: steps between two; None is the end of each pass.
         patience: evaluations without a better loss after which training ends, with the best weights; None never.
         seed, threads: of torch.
@@ -53,6 +54,7 @@ class SupervisedPlan:
     known_tokens: int
     micro_batch_tokens: int
     gradient_checkpointing: bool
+    dropout: float
     checkpoint_steps: int | None
     evaluation_steps: int | None
     patience: int | None
@@ -120,6 +122,8 @@ def _engine(plan: SupervisedPlan) -> tuple[LearnerEngine, Any]:
     model = load_language_model(plan.model, attention=PACKED)
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if plan.dropout:
+        add_dropout(model, plan.dropout)
     if plan.low_rank is not None:
         model = add_low_rank_weights(model, LowRankSettings(**plan.low_rank), known_tokens=plan.known_tokens)
     tokenizer = AutoTokenizer.from_pretrained(plan.model, local_files_only=True, trust_remote_code=False)

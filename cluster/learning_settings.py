@@ -75,6 +75,9 @@ class SupervisedSettings(Section):
     supervision: Literal["every_prefix", "dense"] = Field(
         "every_prefix", description="A row for every train prefix, or windows whose history items are learnt as well."
     )
+    curriculum: Literal["growing", "uniform"] = Field(
+        "growing", description="Reasoning rows grow denser over every pass but the last; or, for ablation, never."
+    )
     batch_rows: int = Field(64, ge=1, description="Rows of one optimizer step, of all ranks together.")
     micro_batch_tokens: int = Field(8192, ge=1, description="Packed tokens of one forward pass of a rank at most.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
@@ -83,6 +86,9 @@ class SupervisedSettings(Section):
     )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
     gradient_clip: float = Field(1.0, gt=0, description="Clip of the global gradient norm.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout of embeddings and of what every block adds; for models made from scratch."
+    )
     ranks: int = Field(1, ge=1, description="DeepSpeed ranks, each with cluster.learner_cpus and gpus_per_engine.")
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed's ZeRO stage.")
     dtype: Literal["float32", "bfloat16"] = Field(

@@ -120,6 +120,7 @@ def supervised_plan(
         known_tokens=known_tokens(settings),
         micro_batch_tokens=sft.micro_batch_tokens,
         gradient_checkpointing=sft.gradient_checkpointing,
+        dropout=sft.dropout,
         checkpoint_steps=sft.checkpoint_steps,
         evaluation_steps=sft.evaluation_steps,
         patience=sft.patience if continuation is None else None,
@@ -138,8 +139,9 @@ def write_passes(
     files: list[Path] = []
     left = None if continuation is None else continuation.steps
     for number in range(sft.passes) if continuation is None else itertools.count(sft.passes):
+        last = continuation is not None or number == sft.passes - 1
         rows = rows_of_pass(
-            data, reasoning, tasks, number=number, passes=sft.passes if continuation is None else number + 1,
+            data, reasoning, tasks, number=number, uniform=last or sft.curriculum == "uniform",
             dense=sft.supervision == "dense", seed=settings.seed,
         )  # fmt: skip
         files.append((folder / f"pass_{number}.parquet").resolve())

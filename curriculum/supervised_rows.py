@@ -19,17 +19,18 @@ def rows_of_pass(
     tasks: Mapping[str, TaskShare],
     *,
     number: int,
-    passes: int,
+    uniform: bool,
     dense: bool,
     seed: int,
 ) -> Iterator[tuple[str, Row]]:
-    """(task, row) pairs of pass `number`: reasoning rows grow denser over a pass, and are uniform in the last one.
+    """(task, row) pairs of pass `number`: reasoning rows grow denser over it, or have the same density everywhere.
 
     Positions of the reasoning rows are computed in advance (section 2 of the paper); the alignment tasks lie between
     them, shuffled together. The same arguments give the same rows.
 
     Args:
         tasks: share of every alignment task in a pass, see `alignment_rows`.
+        uniform: the density of reasoning rows does not grow; the curriculum's last pass is so.
         dense: windows whose history items are learnt as well stand in for the rows of `next_item`.
     """
     generator = np.random.default_rng([seed, 3, number])
@@ -44,7 +45,7 @@ def rows_of_pass(
     shuffled = iter(generator.permutation(len(reasoning)))
     rows = len(is_window) + len(reasoning)
     places = np.zeros(rows, dtype=bool)
-    places[reasoning_positions(rows, len(reasoning), uniform=number == passes - 1)] = True
+    places[reasoning_positions(rows, len(reasoning), uniform=uniform)] = True
     others = iter(is_window)
     for is_reasoning in places:
         if is_reasoning:

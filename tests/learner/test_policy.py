@@ -7,7 +7,7 @@ from curriculum.tokenizer import add_index_tokens, load_tokenizer, train_tokeniz
 from item_index.input_error import InputError
 from item_index.semantic_ids import SemanticIdIndex
 from item_index.tokens import SemanticIdTokens
-from learner.policy import build_language_model, fit_vocabulary, load_language_model
+from learner.policy import add_dropout, build_language_model, fit_vocabulary, load_language_model
 
 
 def checkpoint_without_index_tokens(folder, *, tied, padding_rows=0):
@@ -87,3 +87,37 @@ def test_a_model_from_scratch_is_fixed_by_its_seed():
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_dropout_acts_in_training_alone_and_keeps_the_mean(tmp_path):
+    checkpoint_without_index_tokens(tmp_path, tied=False)
+    plain, dropped = load_language_model(tmp_path), load_language_model(tmp_path)
+    add_dropout(dropped, 0.25)
+    assert dropped.state_dict().keys() == plain.state_dict().keys()
+    tokens = torch.arange(12)[None]
+    assert torch.equal(dropped.eval()(tokens).logits, plain.eval()(tokens).logits)
+
+    dropped.train()
+    layer = dropped.base_model.layers[0]
+    seen = {}
+    for name, module in (
+        ("embedding", dropped.get_input_embeddings()),
+        ("attention", layer.self_attn),
+        ("mlp", layer.mlp),
+    ):
+        module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output}))
+    torch.manual_seed(1)
+    first = dropped(tokens).logits
+    for output in seen.values():
+        zeros = (output[0] if isinstance(output, tuple) else output).eq(0).float().mean()
+        assert 0.15 < zeros < 0.35
+    assert not torch.allclose(dropped(tokens).logits, first)
+    embedded = torch.stack([dropped.get_input_embeddings()(tokens) for _ in range(2000)]).mean(0)
+    assert torch.allclose(embedded, plain.get_input_embeddings()(tokens), atol=0.01)
+    torch.manual_seed(1)
+    assert torch.equal(dropped(tokens).logits, first)
+
+
+def test_dropout_needs_blocks_that_it_knows():
+    with pytest.raises(InputError, match=r"sft.dropout.*no self_attn and mlp"):
+        add_dropout(torch.nn.Sequential(torch.nn.Linear(2, 2)), 0.1)
