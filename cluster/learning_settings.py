@@ -147,9 +147,10 @@ class ObjectiveSection(Section):
     dual_clip: float = Field(10.0, gt=1, description="Bound of the ratio's effect for negative advantages.")
     kl_coefficient: float = Field(0.001, ge=0, description="Weight of the k3 divergence from the frozen reference.")
     importance_cap: float = Field(2.0, gt=0, description="Truncation of the learner's over the sampler's probability.")
-    token_mean: Literal["per_mode", "global", "per_response", "constant"] = Field(
+    token_mean: Literal["per_mode", "per_part", "global", "per_response", "constant"] = Field(
         "per_mode",
-        description="Token mean inside each mode, weighted by prompts; over all tokens; GRPO's; or Dr.GRPO's.",
+        description="Token mean inside each mode, weighted by prompts; per_part also halves reasoning between chains "
+        "and answers; over all tokens; GRPO's; or Dr.GRPO's.",
     )
     valid_mass_coefficient: float = Field(
         0.0, ge=0,

@@ -18,8 +18,8 @@ from torch import Tensor
 DIRECT, REASONING = 0, 1
 MODE_COUNT = 2
 
-TokenMean = Literal["per_mode", "global", "per_response", "constant"]
-TOKEN_MEANS = ("per_mode", "global", "per_response", "constant")
+TokenMean = Literal["per_mode", "per_part", "global", "per_response", "constant"]
+TOKEN_MEANS = ("per_mode", "per_part", "global", "per_response", "constant")
 
 # Beyond this distance (nats) the clips hold the policy loss constant, or the ratio is nil; without it, exp would
 # overflow and its gradient would be 0 * inf.
@@ -143,12 +143,15 @@ def token_weights(
     *,
     response_T: Tensor | None = None,
     longest: int | None = None,
+    answer_T: Tensor | None = None,
 ) -> Tensor:
     """Weight of each token of a whole mini-batch in its loss.
 
     - "per_mode" takes the token mean inside each mode and weights the modes by their share of prompts: in a plain mean
       a direct response of five tokens would drown beside a reasoning chain. A mode without counted tokens gets nothing
       and the shares of the others are scaled up.
+    - "per_part" also halves the share of reasoning between chains and answers: inside that mode an answer of four
+      tokens drowns beside its chain just so, although the reward is the answer's.
     - "global" is the plain mean over all counted tokens.
     - "per_response" is GRPO's: the mean of each response, averaged over the responses that have a counted token.
     - "constant" is Dr.GRPO's: the sum over the counted tokens, divided by the responses times `longest`.
@@ -164,6 +167,7 @@ def token_weights(
         token_mean: which mean.
         response_T: int [tokens], number of each token's response from 0; for the last two means.
         longest: tokens that a response may have, for the last one.
+        answer_T: bool [tokens], true in the answer, behind the chain; for "per_part".
 
     Returns:
         float32 [tokens] on the device of `mode_T`.
@@ -197,16 +201,22 @@ def token_weights(
         tokens_R = torch.bincount(response_T[counted_T], minlength=int(response_T.max()) + 1)
         per_response = (1.0 / tokens_R.clamp(min=1).double() / (tokens_R > 0).sum())[response_T]
         return torch.where(counted_T, per_response, 0.0).float()
-    if token_mean != "per_mode":
+    part_T, shares = mode_T.long(), [float(share) for share in prompt_share_by_mode]
+    if token_mean == "per_part":
+        if answer_T is None or answer_T.dtype != torch.bool or answer_T.shape != mode_T.shape:
+            raise ValueError(f"token_mean per_part needs answer_T, bool of shape {list(mode_T.shape)}")
+        part_T = torch.where((part_T == REASONING) & answer_T, MODE_COUNT, part_T)
+        shares = [shares[DIRECT], shares[REASONING] / 2, shares[REASONING] / 2]
+    elif token_mean != "per_mode":
         raise ValueError(f"token_mean must be one of {', '.join(TOKEN_MEANS)}, got {token_mean!r}")
-    tokens_M = torch.bincount(mode_T[counted_T].long(), minlength=MODE_COUNT).double()
-    share_M = torch.tensor([float(share) for share in prompt_share_by_mode], dtype=torch.float64, device=mode_T.device)
-    present_M = tokens_M > 0
-    if not (share_M[present_M] > 0).all():
+    tokens_P = torch.bincount(part_T[counted_T], minlength=len(shares)).double()
+    share_P = torch.tensor(shares, dtype=torch.float64, device=mode_T.device)
+    present_P = tokens_P > 0
+    if not (share_P[present_P] > 0).all():
         raise ValueError(
-            f"a mode with counted tokens needs a positive share of prompts, got shares {share_M.tolist()} for "
-            f"{tokens_M.long().tolist()} counted tokens (direct, reasoning)"
+            f"a mode with counted tokens needs a positive share of prompts, got shares {share_P.tolist()} for "
+            f"{tokens_P.long().tolist()} counted tokens (direct, reasoning)"
         )
-    share_M = torch.where(present_M, share_M, 0.0)
-    weight_M = share_M / share_M.sum() / tokens_M.clamp(min=1)
-    return torch.where(counted_T, weight_M[mode_T.long()], 0.0).float()
+    share_P = torch.where(present_P, share_P, 0.0)
+    weight_P = share_P / share_P.sum() / tokens_P.clamp(min=1)
+    return torch.where(counted_T, weight_P[part_T], 0.0).float()

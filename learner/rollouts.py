@@ -135,6 +135,14 @@ def allowed_in(batch: RolloutBatch, constraint: AnswerConstraint) -> AllowedResp
     return AllowedResponses(constraint.scan(batch.responses, states), states.forced)
 
 
+def in_answer(batch: RolloutBatch, constraint: AnswerConstraint) -> np.ndarray:
+    """bool [tokens], beside `batch.responses.values`: behind its response's `<answer>`, which direct mode has not."""
+    opens_T = batch.responses.values == constraint.tokens.answer_open
+    opened_T = np.cumsum(opens_T)
+    before_R = np.concatenate([[0], opened_T])[batch.responses.offsets[:-1]]
+    return (opened_T > np.repeat(before_R, batch.responses.lengths)) & ~opens_T
+
+
 def _select(field: Any, rows: np.ndarray) -> Any:
     return field.select(rows) if isinstance(field, RaggedArray) else field[rows]
 

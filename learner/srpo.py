@@ -22,7 +22,7 @@ from learner.low_rank import without_low_rank_weights
 from learner.objective import ObjectiveSettings, token_losses, token_weights
 from learner.packing import PLACEHOLDER, PackedBatch, balanced_micro_batches, pack_groups, pack_rows, packed_length
 from learner.policy import Policy
-from learner.rollouts import RolloutBatch, allowed_in
+from learner.rollouts import RolloutBatch, allowed_in, in_answer
 
 
 @dataclass
@@ -219,5 +219,6 @@ class GroupPolicyLearner:
             torch.from_numpy(mode_T), torch.from_numpy(allowed.has_choice[in_mini_T]),
             (1 - reasoning_share, reasoning_share), self.objective.token_mean,
             response_T=torch.from_numpy(response_T), longest=int(batch.prompts.budgets[groups].max()),
+            answer_T=torch.from_numpy(in_answer(batch, self.constraint)[in_mini_T]),
         )  # fmt: skip
         return weights_T

@@ -214,6 +214,18 @@ def test_weights_by_hand() -> None:
     torch.testing.assert_close(plain, torch.tensor([1 / 7] * 2 + [0.0] * 2 + [1 / 7] * 5 + [0.0]))
 
 
+def test_answers_of_reasoning_count_as_much_as_their_chains() -> None:
+    mode = torch.tensor([DIRECT] * 2 + [REASONING] * 7)
+    answer = torch.tensor([True] * 2 + [False] * 4 + [True] * 3)  # what it says of direct mode plays no part
+    counted = torch.tensor([True] * 8 + [False])
+    weights = token_weights(mode, counted, [1, 3], "per_part", answer_T=answer)
+    torch.testing.assert_close(weights, torch.tensor([1 / 8] * 2 + [3 / 8 / 4] * 4 + [3 / 8 / 2] * 2 + [0.0]))
+    direct_alone = token_weights(mode[:2], counted[:2], [1, 0], "per_part", answer_T=answer[:2])
+    torch.testing.assert_close(direct_alone, torch.tensor([0.5, 0.5]))
+    with pytest.raises(ValueError, match="needs answer_T"):
+        token_weights(mode, counted, [1, 3], "per_part")
+
+
 def test_means_of_other_methods_by_hand() -> None:
     mode = torch.tensor([DIRECT] * 2 + [REASONING] * 5)
     counted = torch.tensor([True, True, True, True, True, False, False])

@@ -13,7 +13,7 @@ from item_index.ragged import RaggedArray
 from learner.advantages import groups_with_variance
 from learner.objective import ObjectiveSettings, token_losses, token_weights
 from learner.packing import pack_groups
-from learner.rollouts import RolloutBatch, allowed_in
+from learner.rollouts import RolloutBatch, allowed_in, in_answer
 from learner.srpo import micro_batch
 
 
@@ -28,6 +28,16 @@ def batch_of(tiny, prompts, responses):
         weight_versions=np.zeros(len(prompts), dtype=np.int64),
         index_version=tiny.index.version,
     )
+
+
+def test_the_answer_is_what_stands_behind_its_opening(tiny):
+    think = "Evidence: one. Preference: two. Intent: three. Recommendation: four."
+    chain = tiny.builder.reasoning_response(think, "Rewritten history: ", 4)
+    direct = tiny.builder.direct_response(5)
+    batch = batch_of(tiny, tiny.prompts(["reasoning", "direct", "reasoning"]), [[chain], [direct], [chain]])
+    opening = chain.index(tiny.constraint.tokens.answer_open)
+    of_chain = [False] * (opening + 1) + [True] * (len(chain) - opening - 1)
+    assert in_answer(batch, tiny.constraint).tolist() == [*of_chain, *[False] * len(direct), *of_chain]
 
 
 def test_weighted_by_probability_the_policy_gradients_of_all_outcomes_are_the_exact_gradient(tiny):
