@@ -200,8 +200,9 @@ def _file_hash(file: str, size: int, changed: int) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def fingerprint(settings: Settings, name: str) -> str:
-    """Hash of everything a stage's output depends on: its settings, the seed, its inputs, the code itself."""
+def stage_inputs(settings: Settings, name: str) -> dict[str, str]:
+    """Everything that a stage's output depends on, each as a hash: the code, the seed, its settings by section, data
+    files, and the stages before it."""
     stage = STAGES[name]
     values: dict[str, Any] = {"code": code_fingerprint(), "seed": settings.seed}
     for section in stage.sections:
@@ -216,23 +217,41 @@ def fingerprint(settings: Settings, name: str) -> str:
                 raise InputError(
                     "the file does not exist", file=file, remedy="Name it in data.items or data.interactions."
                 )
-            values[kind] = file_hash(file)
+            values[f"data.{kind}"] = file_hash(file)
     for earlier in inputs_of(settings, name):
-        values[earlier] = fingerprint(settings, earlier)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        values[f"the {earlier} stage"] = fingerprint(settings, earlier)
+    return {
+        part: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for part, value in values.items()
+    }
+
+
+def fingerprint(settings: Settings, name: str) -> str:
+    """Hash of everything a stage's output depends on."""
+    return hashlib.sha256(json.dumps(stage_inputs(settings, name), sort_keys=True).encode()).hexdigest()
+
+
+def changed_inputs(settings: Settings, name: str) -> list[str] | None:
+    """What has changed since the stage's folder was finished; None where it never was."""
+    marker = settings.folder / STAGES[name].folder / STAGE_FILE
+    if not marker.is_file():
+        return None
+    before, now = json.loads(marker.read_text()).get("inputs", {}), stage_inputs(settings, name)
+    return sorted(part for part in before.keys() | now.keys() if before.get(part) != now.get(part))
 
 
 def is_current(settings: Settings, name: str) -> bool:
-    """Whether the stage's folder was finished with the same fingerprint."""
-    marker = settings.folder / STAGES[name].folder / STAGE_FILE
-    return marker.is_file() and json.loads(marker.read_text())["fingerprint"] == fingerprint(settings, name)
+    """Whether the stage's folder was finished with the same inputs."""
+    return changed_inputs(settings, name) == []
 
 
 def _require_current(settings: Settings, names: tuple[str, ...]) -> None:
     for name in names:
-        if not is_current(settings, name):
+        changed = changed_inputs(settings, name)
+        if changed != []:
             raise InputError(
-                f"the {name} stage is missing or was made with other settings", file=settings.folder,
+                f"the {name} stage is missing" if changed is None
+                else f"the {name} stage was made with something else: {', '.join(changed)} changed since",
+                file=settings.folder,
                 remedy=f"Run `gream {name}` with the same config, or `gream run` for all stages.",
             )  # fmt: skip
 
@@ -262,9 +281,12 @@ def run_stages(settings: Settings, names: list[str], *, update_index: bool = Fal
     with ExitStack() as open_runs:
         command: CommandTracking | None = None  # a command that re-uses everything is no run
         for name in names:
-            if is_current(settings, name):
+            changed = changed_inputs(settings, name)
+            if changed == []:
                 console.print(f"{name}: unchanged, re-used ({settings.folder / STAGES[name].folder})")
                 continue
+            if changed:
+                console.print(f"{name}: made again, for {', '.join(changed)} changed", highlight=False)
             if command is None:
                 title = names[0] if len(names) == 1 else "run"
                 command = open_runs.enter_context(tracked_command(settings, title, code_fingerprint()))
@@ -273,7 +295,7 @@ def run_stages(settings: Settings, names: list[str], *, update_index: bool = Fal
 
 def _run_stage(settings: Settings, name: str, command: CommandTracking, *, update_index: bool) -> None:
     console.rule(name)
-    wanted = fingerprint(settings, name)
+    inputs, wanted = stage_inputs(settings, name), fingerprint(settings, name)
     started = time.monotonic()
     folder = settings.folder / STAGES[name].folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +310,7 @@ def _run_stage(settings: Settings, name: str, command: CommandTracking, *, updat
         track_inputs(settings, name, tracker)
         seconds = time.monotonic() - started
         tracker.metrics({"seconds": seconds})
-    marker = {"fingerprint": wanted, "seconds": seconds, "summary": summary}
+    marker = {"inputs": inputs, "seconds": seconds, "summary": summary}
     (folder / STAGE_FILE).write_text(json.dumps(marker, indent=2))
     console.print(f"{name}: done in {seconds:.0f} s")
 

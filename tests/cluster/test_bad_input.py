@@ -10,7 +10,7 @@ from small_tables import interactions_table, items_table, write_tables
 from tiny import TEXTS, make_index
 
 from cluster.cli import main
-from cluster.pipeline import STAGES, fingerprint, run_stages
+from cluster.pipeline import STAGES, run_stages, stage_inputs
 from cluster.settings import load_settings
 from curriculum.tokenizer import train_tokenizer
 from learner.policy import build_language_model
@@ -152,8 +152,15 @@ def mark_sft_done(run_folder, overrides):
     settings = load_settings(None, [*overrides, f"run_folder={run_folder}"])
     folder = settings.folder / STAGES["sft"].folder
     folder.mkdir(exist_ok=True)
-    (folder / "stage.json").write_text(json.dumps({"fingerprint": fingerprint(settings, "sft")}))
+    (folder / "stage.json").write_text(json.dumps({"inputs": stage_inputs(settings, "sft")}))
     return folder / "checkpoint"
+
+
+def test_train_on_a_stage_of_other_settings_names_what_changed(gream, with_corpus, run_folder):
+    mark_sft_done(run_folder, with_corpus)
+    for override, changed in (("sft.passes=9", "sft"), ("corpus.minimum_history=5", "the corpus stage")):
+        expected = f"the sft stage was made with something else: {changed} changed since"
+        expect_one_message(gream("train", *with_corpus, override), expected, "Run `gream sft`")
 
 
 def test_train_with_a_checkpoint_that_lacks_the_indexs_tokens(gream, with_corpus, run_folder):

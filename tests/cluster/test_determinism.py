@@ -5,7 +5,17 @@ import json
 import pytest
 from small_tables import interactions_table, items_table, write_tables
 
-from cluster.pipeline import STAGES, equal_time_steps, fingerprint, is_current, read_data, run_stages, stages_of
+from cluster.pipeline import (
+    STAGES,
+    changed_inputs,
+    equal_time_steps,
+    fingerprint,
+    is_current,
+    read_data,
+    run_stages,
+    stage_inputs,
+    stages_of,
+)
 from cluster.settings import load_settings
 
 
@@ -72,13 +82,13 @@ def test_a_changed_data_file_makes_every_stage_stale(tmp_path):
     before = {name: fingerprint(settings, name) for name in STAGES}
     folder = settings.folder / "index"
     folder.mkdir(parents=True)
-    (folder / "stage.json").write_text(json.dumps({"fingerprint": before["index"]}))
+    (folder / "stage.json").write_text(json.dumps({"inputs": stage_inputs(settings, "index")}))
     assert is_current(settings, "index")
 
     items = items_table()
     items["title"][5] = "Tale with another name"
     write_tables(tmp_path / "data", items=items)
-    assert not is_current(settings, "index")
+    assert changed_inputs(settings, "index") == ["data.items"]
     after = {name: fingerprint(settings, name) for name in STAGES}
     assert all(before[name] != after[name] for name in STAGES)
 
