@@ -167,8 +167,8 @@ class ObjectiveSection(Section):
 class RewardSection(Section):
     reward: str = Field(
         RESIDUAL_SENSITIVE, min_length=1,
-        description="residual_sensitive, exact_match (0 or 1), collaborative (item-kNN's score of the answer), or the "
-        "import path package.module:name of your own.",
+        description="residual_sensitive, exact_match (0 or 1), collaborative (place in item-kNN's list), or the import "
+        "path package.module:name of your own.",
     )  # fmt: skip
     weight: float = Field(1.0, allow_inf_nan=False, description="Its weight in the sum.")
     name: str | None = Field(None, description="Its name in metrics and messages; null takes that of the path.")
@@ -178,7 +178,7 @@ class CollaborativeSection(Section):
     neighbours: int = Field(1000, ge=1, description="Most similar items that an item of the history votes for.")
     decay: float = Field(0.6, gt=0, le=1, description="Weight of an item of the history against the one after it.")
     popularity_discount: float = Field(
-        0.2, ge=0, description="Votes are divided by the item's number of train users to this power."
+        0.1, ge=0, description="Votes are divided by the item's number of train users to this power."
     )
 
 

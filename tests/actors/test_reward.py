@@ -62,8 +62,8 @@ def test_the_collaborative_reward_is_fitted_to_the_train_parts_of_the_corpus(tin
     )  # fmt: skip
     prompts = tiny.prompts(["direct", "direct"])  # show items 0 to 3 and 3 to 6
     scores = made.score(scripted(tiny, prompts, [tiny.builder.direct_response(item) for item in (5, 4, 9, 7)]))
-    cosines = np.array([2 / 6**0.5, 1 / 3**0.5, 0])  # of item 3 to items 5, 4 and 9
-    assert scores.rewards[:3] == pytest.approx(cosines / cosines[0])
+    # Cosines of item 3 to item 5, 2 / sqrt(3 * 2), and to item 4, 1 / sqrt(3); to item 9 there is none.
+    assert scores.rewards[:3] == pytest.approx([1, 1 / np.log2(3), 0])
 
 
 def test_several_terms_have_a_mean_each(tiny):

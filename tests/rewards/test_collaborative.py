@@ -1,5 +1,6 @@
 """The collaborative reward against the scores that it is made of."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -22,18 +23,24 @@ def reward():
     return CollaborativeReward(ItemKNearestNeighbours(decay=0.5).fit(TRAIN, len(ITEM_IDS)), ITEM_IDS)
 
 
-def test_it_is_the_share_of_the_best_unseen_item(reward):
-    # Cosines of item a (3 users): b 2 / sqrt(3 * 3), c 1 / sqrt(3 * 2), d 1 / sqrt(3 * 1), e none.
+def test_it_is_the_discounted_gain_of_the_place_among_unseen_items(reward):
+    # Cosines of item a (3 users): b 2 / sqrt(3 * 3), d 1 / sqrt(3 * 1), c 1 / sqrt(3 * 2), e none.
     assert reward(SAMPLE) == 1
-    assert reward(replace(SAMPLE, answered_item="c")) == pytest.approx((1 / 6**0.5) / (2 / 3))
-    assert reward(replace(SAMPLE, answered_item="d")) == pytest.approx((1 / 3**0.5) / (2 / 3))
+    assert reward(replace(SAMPLE, answered_item="d")) == pytest.approx(1 / math.log2(3))
+    assert reward(replace(SAMPLE, answered_item="c")) == pytest.approx(1 / 2)
     assert reward(replace(SAMPLE, answered_item="e")) == 0
-    # Of another history; its own items, the best of all here, do not set the scale.
-    assert reward(replace(SAMPLE, history=("c", "a"), answered_item="b")) == 1
-    both = 2 / 6**0.5 * 0.5 + 1 / 6**0.5  # of item c after b and a: b is a step back
+    # Of another history; its own items, the best of all here, take no place. b is a step back and counts half.
+    after_b_and_a = {"c": 2 / 6**0.5 * 0.5 + 1 / 6**0.5, "d": 1 / 3**0.5}
+    assert after_b_and_a["c"] > after_b_and_a["d"]
     assert reward(replace(SAMPLE, history=("b", "a"), answered_item="c")) == 1
-    assert reward(replace(SAMPLE, history=("b", "a"), answered_item="d")) == pytest.approx((1 / 3**0.5) / both)
+    assert reward(replace(SAMPLE, history=("b", "a"), answered_item="d")) == pytest.approx(1 / math.log2(3))
     assert reward(SAMPLE) == 1
+
+
+def test_of_equal_scores_the_lower_row_comes_first():
+    train = [np.array(row) for row in ([0, 1], [0, 2], [0, 3])]
+    reward = CollaborativeReward(ItemKNearestNeighbours().fit(train, len(ITEM_IDS)), ITEM_IDS)
+    assert reward.gains(["a"]).tolist() == pytest.approx([0, 1, 1 / math.log2(3), 1 / 2, 0])
 
 
 def test_what_is_no_answer_an_item_of_the_history_or_without_neighbours_gets_nothing(reward):
