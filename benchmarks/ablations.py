@@ -5,6 +5,9 @@
 Every variant is a list of settings, so each can be had by `gream run` alone. A variant that leaves the supervised stage
 as it is starts from the run's own checkpoint; others train theirs. Runs that differ in their seed alone are one method
 in the report. What was finished is not done again.
+
+With `--set` a variant has a budget of its own, so the runs themselves stay out of the report, and `unchanged` stands
+for them.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from cluster.progress import console
 from cluster.run_report import write_report
 
 VARIANTS: dict[str, list[str]] = {
+    "unchanged": [],
     "grpo": ["train.advantages=group_relative"],
     "dr-grpo": ["train.advantages=centred", "train.objective.token_mean=constant"],
     "pass-at-k": ["train.advantages=pass_at_k"],
@@ -58,8 +62,8 @@ def benchmark(
     unknown = sorted(set(variant) - set(VARIANTS))
     if unknown:
         raise typer.BadParameter(f"no such variant: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    folders = list(runs)
-    for name in variant:
+    folders = [] if setting else list(runs)
+    for name in variant if setting else [name for name in variant if VARIANTS[name]]:
         for run in runs:
             folder = output / f"{name}-{run.name}"
             for stage in STAGES:  # a stage that the variant changes is stale there, and made anew
