@@ -214,11 +214,12 @@ class GroupPolicyLearner:
         response_T = np.repeat(np.arange(len(batch.responses)), batch.responses.lengths)[in_mini_T]
         mode_T = batch.prompts.reasoning[batch.group_of_response[response_T]].astype(np.int64)
         reasoning_share = float(batch.prompts.reasoning[groups].mean())
+        per_part = self.objective.token_mean == "per_part"
         weights_T = torch.zeros(len(in_mini_T))
         weights_T[torch.from_numpy(in_mini_T)] = token_weights(
             torch.from_numpy(mode_T), torch.from_numpy(allowed.has_choice[in_mini_T]),
             (1 - reasoning_share, reasoning_share), self.objective.token_mean,
             response_T=torch.from_numpy(response_T), longest=int(batch.prompts.budgets[groups].max()),
-            answer_T=torch.from_numpy(in_answer(batch, self.constraint)[in_mini_T]),
+            answer_T=torch.from_numpy(in_answer(batch, self.constraint)[in_mini_T]) if per_part else None,
         )  # fmt: skip
         return weights_T

@@ -11,7 +11,9 @@ from rewards.composition import RewardSample
 
 
 class CollaborativeReward:
-    """The discounted gain of the answer's place in item-kNN's ranking of the unseen items: 1 / log2(1 + place).
+    """The discounted gain of the answer's place in item-kNN's ranking: 1 / log2(1 + place).
+
+    Ranked are all items that the prompt does not show; of the user's earlier ones it knows nothing.
 
     A hit is a rare event: of the answers to a prompt one in fifty may be the true item, and a group without a hit says
     little of which answers were good ones. This reward says it of every answer. With a penalty to the reference policy

@@ -2,22 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from histories import ITEMS, histories_strategy, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.baselines import MarkovChain, Popularity, rank_unseen
 from item_index.neighbours import ItemKNearestNeighbours
-
-ITEMS = 6
-histories_strategy = st.lists(
-    st.lists(st.integers(0, ITEMS - 1), max_size=8).map(lambda row: np.array(row, dtype=np.int64)),
-    min_size=1,
-    max_size=6,
-)
-
-
-def rows(*lists: list[int]) -> list[np.ndarray]:
-    return [np.array(row, dtype=np.int64) for row in lists]
 
 
 def test_popularity_counts_interactions() -> None:

@@ -3,21 +3,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from histories import ITEMS, histories_strategy, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from item_index.neighbours import ItemKNearestNeighbours
-
-ITEMS = 6
-histories_strategy = st.lists(
-    st.lists(st.integers(0, ITEMS - 1), max_size=8).map(lambda row: np.array(row, dtype=np.int64)),
-    min_size=1,
-    max_size=6,
-)
-
-
-def rows(*lists: list[int]) -> list[np.ndarray]:
-    return [np.array(row, dtype=np.int64) for row in lists]
 
 
 def test_neighbours_by_cosine_with_recency() -> None:
@@ -68,7 +58,7 @@ def test_neighbours_agree_with_a_loop(
     np.testing.assert_allclose(model.scores(histories), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_discount_of_popularity_turns_the_order_of_equally_similar_items():
+def test_votes_are_divided_by_a_power_of_the_items_popularity():
     # Items 1 and 2 came with item 0 once each, item 2 five times more without it.
     train = rows([0, 1], [0, 2], *[[2]] * 5)
     plain = ItemKNearestNeighbours(decay=1.0).fit(train, 3).scores(rows([0]))[0]
