@@ -131,7 +131,7 @@ class RewardWorker:
         seconds_per_response: time-out of each of the user's rewards; needs the main thread of the process.
         constrained: whether the rollouts were sampled under the constraint.
         collaborative: what the reward of that name needs: the corpus `folder`, whose train interactions it is fitted
-            to, and arguments of `ItemKNearestNeighbours`.
+            to, `usual_users`, as many of whom tell an item's usual gain, and arguments of `ItemKNearestNeighbours`.
     """
 
     def __init__(
@@ -153,11 +153,12 @@ class RewardWorker:
         self.item_of_codes = self.index.row_of_codes
         self.item_codes = list(self.item_of_codes)  # in the order of the rows
 
-    def _collaborative(self, folder: str, **arguments: Any) -> CollaborativeReward:
+    def _collaborative(self, folder: str, usual_users: int, **arguments: Any) -> CollaborativeReward:
         sequences = load_sequences(Path(folder))
         train = [sequences.train(user) for user in range(len(sequences))]
         neighbours = ItemKNearestNeighbours(**arguments).fit(train, len(self.index.item_ids))
-        return CollaborativeReward(neighbours, self.index.item_ids)
+        among = np.linspace(0, len(train) - 1, min(usual_users, len(train))).astype(np.int64)  # evenly, all if few
+        return CollaborativeReward(neighbours, self.index.item_ids, [train[user] for user in among])
 
     def started(self) -> bool:
         """Answered once the rewards are loaded."""

@@ -180,6 +180,9 @@ class CollaborativeSection(Section):
     popularity_discount: float = Field(
         0.1, ge=0, description="Votes are divided by the item's number of train users to this power."
     )
+    usual_users: int = Field(
+        2000, ge=0, description="Train users whose gains make an item's usual gain, by which its gain is divided; or 0."
+    )
 
 
 class TrainSettings(Section):

@@ -60,3 +60,17 @@ def test_the_term_has_to_be_fitted(reward):
     assert (term.name, term.weight, term.built_in, term.value(SAMPLE)) == ("collaborative", 2.0, True, 1.0)
     with pytest.raises(ValueError, match="not fitted"):
         load_reward_term("collaborative").value(SAMPLE)
+
+
+def test_a_gain_is_divided_by_the_items_usual_gain():
+    neighbours = ItemKNearestNeighbours(decay=0.5).fit(TRAIN, len(ITEM_IDS))
+    plain = CollaborativeReward(neighbours, ITEM_IDS)
+    reward = CollaborativeReward(neighbours, ITEM_IDS, [np.array([0]), np.array([2]), np.array([1, 0]), np.array([4])])
+    # Item d is second after a, nothing after c, second after b and a; b is first after a and after c.
+    second, third = 1 / math.log2(3), 1 / 2
+    assert [plain.gains(history)[3] for history in ("a", "c", "ba", "e")] == pytest.approx([second, 0, second, 0])
+    assert reward.gains(["a"])[3] == pytest.approx(second / second)
+    assert [plain.gains(history)[2] for history in ("a", "c", "ba", "e")] == pytest.approx([third, 0, 1, 0])
+    assert reward.gains(["a"])[2] == pytest.approx(third / ((1 + third**2) / (1 + third)))
+    assert reward.gains("a")[4] == 0
+    assert reward(replace(SAMPLE, answered_item="c")) == pytest.approx(reward.gains(["a"])[2])
