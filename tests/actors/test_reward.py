@@ -51,19 +51,26 @@ def test_chains_are_read_against_the_history_that_the_prompt_shows(tiny, worker)
     assert metrics["chains/think_tokens"] == think_tokens / 2
 
 
-def test_the_collaborative_reward_is_fitted_to_the_train_parts_of_the_corpus(tiny, tmp_path):
-    sequences = [[3, 4, 9, 9], [3, 5, 9, 9], [3, 5, 8, 8]]  # the last two are validation and test
+SECOND = 1 / np.log2(3)
+
+
+# After item 3 alone, item 5 comes first and item 4 second; where a user has one of them, the other comes first.
+@pytest.mark.parametrize(
+    ("usual_users", "gain_of_4"), [(0, SECOND), (4, SECOND / ((2 + SECOND**2) / (2 + SECOND))), (2, SECOND / SECOND)]
+)
+def test_the_collaborative_reward_is_fitted_to_the_train_parts_of_the_corpus(tiny, tmp_path, usual_users, gain_of_4):
+    sequences = [[3, 4, 9, 9], [3, 5, 9, 9], [3, 5, 8, 8], [3, 8, 8]]  # the last two are validation and test
     lists = pa.array(sequences, pa.list_(pa.int64()))
-    table = {"user_id": ["u", "v", "w"], "items": lists, "timestamps": lists}
+    table = {"user_id": ["u", "v", "w", "x"], "items": lists, "timestamps": lists}
     pq.write_table(pa.table(table), tmp_path / "sequences.parquet")
     made = RewardWorker(
         str(tiny.index_folder), str(tiny.checkpoint), terms=[{"reward": "collaborative"}],
-        collaborative={"folder": str(tmp_path), "decay": 1.0},
+        collaborative={"folder": str(tmp_path), "decay": 1.0, "usual_users": usual_users},
     )  # fmt: skip
     prompts = tiny.prompts(["direct", "direct"])  # show items 0 to 3 and 3 to 6
     scores = made.score(scripted(tiny, prompts, [tiny.builder.direct_response(item) for item in (5, 4, 9, 7)]))
-    # Cosines of item 3 to item 5, 2 / sqrt(3 * 2), and to item 4, 1 / sqrt(3); to item 9 there is none.
-    assert scores.rewards[:3] == pytest.approx([1, 1 / np.log2(3), 0])
+    # Cosines of item 3 to item 5, 2 / sqrt(4 * 2), and to item 4, 1 / sqrt(4); to item 9 there is none.
+    assert scores.rewards[:3] == pytest.approx([1, gain_of_4, 0])
 
 
 def test_several_terms_have_a_mean_each(tiny):
