@@ -181,8 +181,9 @@ class CollaborativeSection(Section):
         0.1, ge=0, description="Votes are divided by the item's number of train users to this power."
     )
     usual_users: int = Field(
-        2000, ge=0, description="Train users whose gains make an item's usual gain, by which its gain is divided; or 0."
-    )
+        2000, ge=0,
+        description="Train users whose gains give an item's usual gain, the divisor of its gain; 0 divides nothing.",
+    )  # fmt: skip
 
 
 class TrainSettings(Section):

@@ -39,11 +39,9 @@ class CollaborativeReward:
     ) -> None:  # fmt: skip
         self.neighbours = neighbours
         self.row_of_item = {item_id: row for row, item_id in enumerate(item_ids)}
-        self.usual_gains_I = np.ones(len(item_ids), np.float32)
+        self.usual_gains_I = self._usual_gains(usual_histories)
         self._history: tuple[str | int, ...] | None = None
         self._gains_I = np.zeros(len(item_ids), np.float32)
-        if len(usual_histories):
-            self.usual_gains_I = self._usual_gains(usual_histories)
 
     def __call__(self, sample: RewardSample) -> float:
         if not sample.well_formed or sample.answered_item is None:

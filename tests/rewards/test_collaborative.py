@@ -66,7 +66,7 @@ def test_a_gain_is_divided_by_the_items_usual_gain():
     neighbours = ItemKNearestNeighbours(decay=0.5).fit(TRAIN, len(ITEM_IDS))
     plain = CollaborativeReward(neighbours, ITEM_IDS)
     reward = CollaborativeReward(neighbours, ITEM_IDS, [np.array([0]), np.array([2]), np.array([1, 0]), np.array([4])])
-    # Item d is second after a, nothing after c, second after b and a; b is first after a and after c.
+    # Over these histories item d is second, without a vote, second; item c third, shown itself, first.
     second, third = 1 / math.log2(3), 1 / 2
     assert [plain.gains(history)[3] for history in ("a", "c", "ba", "e")] == pytest.approx([second, 0, second, 0])
     assert reward.gains(["a"])[3] == pytest.approx(second / second)
