@@ -156,6 +156,10 @@ class ObjectiveSection(Section):
         0.0, ge=0,
         description="Weight of the log valid mass inside semantic IDs, an auxiliary gain; above 0 it is measured.",
     )  # fmt: skip
+    true_answer_coefficient: float = Field(
+        0.0, ge=0,
+        description="Weight of the true items' mean log-probability behind the policy's own chains, an auxiliary gain.",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _clips_fit(self) -> ObjectiveSection:
@@ -281,6 +285,8 @@ class TrainSettings(Section):
             raise ValueError(f"train.rewards has two terms of one name, {names}: give them names of their own")
         if not self.constrained_rollouts and (self.measure_valid_mass or self.objective.valid_mass_coefficient):
             raise ValueError("train.measure_valid_mass needs train.constrained_rollouts")
+        if not self.constrained_rollouts and self.objective.true_answer_coefficient:
+            raise ValueError("train.objective.true_answer_coefficient needs train.constrained_rollouts")
         if self.result == "best" and self.validation_steps is None:
             raise ValueError("train.result best needs train.validation_steps")
         if self.validation_steps is not None and self.probe_prompts == 0:

@@ -48,16 +48,22 @@ class Diagnostics:
         self._count("valid_mass", log_mass_C.exp())
         self._count("log_valid_mass", log_mass_C)
 
+    def add_true_answers(self, loss: float, log_probabilities_T: Tensor) -> None:
+        """Take in the true items' log-probabilities of a micro-batch, at places with a choice."""
+        self.loss += loss
+        self._count("true_answer_log_probability", log_probabilities_T)
+
     def _count(self, name: str, values: Tensor) -> None:
         self.sums[name] += float(values.sum())
         self.counts[name] += values.numel()
 
-    def over_ranks(self, engine: LearnerEngine, *, measured_valid_mass: bool) -> dict[str, float]:
-        """The means and extremes of all ranks, which all have to call this."""
+    def over_ranks(self, engine: LearnerEngine, *, valid_mass: bool, true_answers: bool) -> dict[str, float]:
+        """The means and extremes of all ranks, which all have to call this, with the same flags of what was added."""
         names = [
             "ratio", "importance", "importance_truncated", "clipped", "dual_clipped", "kl", "sampler_ratio",
             "entropy_estimate", "entropy_estimate_free_text", "entropy_estimate_constrained",
-            *(("valid_mass", "log_valid_mass") if measured_valid_mass else ()),
+            *(("valid_mass", "log_valid_mass") if valid_mass else ()),
+            *(("true_answer_log_probability",) if true_answers else ()),
         ]  # fmt: skip
         sums = engine.totals([self.loss, *(self.sums[name] for name in names), *(self.counts[name] for name in names)])
         largest = dict(zip(self.extremes, engine.maxima(list(self.extremes.values())), strict=True))

@@ -38,6 +38,8 @@ class ObjectiveSettings:
         token_mean: see `token_weights`.
         valid_mass_coefficient: weight of the mean log valid mass at places inside semantic IDs, which is added to what
             is maximised: how much of the unconstrained distribution lies on allowed tokens.
+        true_answer_coefficient: weight of the true items' mean log-probability behind the policy's own chains, which is
+            added to what is maximised as well.
 
     Raises:
         ValueError: a constant outside its range.
@@ -50,6 +52,7 @@ class ObjectiveSettings:
     importance_cap: float = 2.0
     token_mean: TokenMean = "per_mode"
     valid_mass_coefficient: float = 0.0
+    true_answer_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low < 1:
@@ -62,6 +65,8 @@ class ObjectiveSettings:
             raise ValueError(f"kl_coefficient must not be negative, got {self.kl_coefficient}")
         if self.valid_mass_coefficient < 0:
             raise ValueError(f"valid_mass_coefficient must not be negative, got {self.valid_mass_coefficient}")
+        if self.true_answer_coefficient < 0:
+            raise ValueError(f"true_answer_coefficient must not be negative, got {self.true_answer_coefficient}")
         if self.importance_cap <= 0:
             raise ValueError(f"importance_cap must be positive, got {self.importance_cap}")
         if self.token_mean not in TOKEN_MEANS:

@@ -143,6 +143,31 @@ def in_answer(batch: RolloutBatch, constraint: AnswerConstraint) -> np.ndarray:
     return (opened_T > np.repeat(before_R, batch.responses.lengths)) & ~opens_T
 
 
+def with_true_answers(batch: RolloutBatch, constraint: AnswerConstraint) -> RolloutBatch:
+    """One response to each group: the chain of its first response, and behind it the true item in the place of the
+    answer that was sampled; in direct mode the true item alone. Nobody sampled these: their log-probabilities are 0.
+
+    The rollouts must have been sampled under the constraint, so that every chain opens an answer.
+    """
+    prompts, tokens = batch.prompts, constraint.tokens
+    paths_GL = constraint.trie.paths(prompts.targets)
+    responses = []
+    for group, first in enumerate(batch.group_starts[:-1]):
+        path = paths_GL[group]
+        item, end = constraint.node_token(path[path >= 0]), tokens.end_of_sequence
+        if prompts.reasoning[group]:
+            sampled = batch.responses[int(first)]
+            opened = int(np.flatnonzero(sampled == tokens.answer_open)[0]) + 1
+            responses.append([*sampled[:opened], *item, tokens.answer_close, end])
+        else:
+            responses.append([*item, end])
+    rows = RaggedArray.of(responses, np.int32)
+    return RolloutBatch(
+        prompts, np.ones(len(batch), np.int64), rows, RaggedArray(np.zeros(len(rows.values), np.float32), rows.offsets),
+        batch.weight_versions, batch.index_version,
+    )  # fmt: skip
+
+
 def _select(field: Any, rows: np.ndarray) -> Any:
     return field.select(rows) if isinstance(field, RaggedArray) else field[rows]
 

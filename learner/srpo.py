@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from learner.low_rank import without_low_rank_weights
 from learner.objective import ObjectiveSettings, token_losses, token_weights
 from learner.packing import PLACEHOLDER, PackedBatch, balanced_micro_batches, pack_groups, pack_rows, packed_length
 from learner.policy import Policy
-from learner.rollouts import RolloutBatch, allowed_in, in_answer
+from learner.rollouts import RolloutBatch, allowed_in, in_answer, with_true_answers
 
 
 @dataclass
@@ -109,6 +110,7 @@ class GroupPolicyLearner:
         order = self.generator.permutation(len(batch))
         mini_batches = [order[i : i + self.mini_batch_prompts] for i in range(0, len(order), self.mini_batch_prompts)]
         parts_of = [self._own_parts(batch, groups, allowed) for groups in mini_batches]
+        true_answers = with_true_answers(batch, self.constraint) if self.objective.true_answer_coefficient else None
         on_policy = len(mini_batches) == self.epochs == 1
         with torch.no_grad():  # not inference mode: ZeRO 3 keeps parameters that it gathers
             for part in (part for parts in parts_of for part in parts if part is not None):
@@ -120,7 +122,9 @@ class GroupPolicyLearner:
         steps = []
         for _epoch in range(self.epochs):
             for number in self.generator.permutation(len(mini_batches)):
-                steps.append(self._step(batch, mini_batches[number], parts_of[number], allowed, advantages_R))
+                groups = mini_batches[number]
+                auxiliary = None if true_answers is None else true_answers.select(groups)
+                steps.append(self._step(batch, groups, parts_of[number], allowed, advantages_R, auxiliary))
         ended = time.perf_counter()
         of_rank = [None if part is None else part.packed for parts in parts_of for part in parts]
         tokens, places = self.engine.totals(
@@ -161,9 +165,10 @@ class GroupPolicyLearner:
 
     def _step(
         self, batch: RolloutBatch, groups: np.ndarray, parts: list[MicroBatch | None], allowed: AllowedTokens,
-        advantages_R: np.ndarray,
+        advantages_R: np.ndarray, true_answers: RolloutBatch | None,
     ) -> dict[str, float]:  # fmt: skip
-        """One optimizer step on a mini-batch; returns its diagnostics."""
+        """One optimizer step on a mini-batch, with the true answers of its groups where they are learnt as well;
+        returns its diagnostics."""
         lengths_R, device = batch.responses.lengths, self.engine.device
         in_mini_T = np.isin(np.repeat(batch.group_of_response, lengths_R), groups)
         weights = self._token_weights(batch, groups, in_mini_T, allowed)
@@ -199,13 +204,42 @@ class GroupPolicyLearner:
                 diagnostics.add(float(loss.detach()), current_T.detach(), old_T, sampler_T, values_T, part.allowed)
                 yield loss * self.engine.ranks  # DeepSpeed averages over the ranks
 
-        norm = self.engine.step(losses(), len(parts))
+        true_losses: list[Tensor] | Iterator[Tensor] = []
+        if true_answers is not None:
+            allowed_true = allowed_in(true_answers, self.constraint).allowed
+            true_parts = self._own_parts(true_answers, np.arange(len(true_answers)), allowed_true)
+            true_losses = self._true_answer_losses(true_answers, true_parts, allowed_true, diagnostics)
+        count = len(parts) + (0 if true_answers is None else len(true_parts))
+        norm = self.engine.step(chain(losses(), true_losses), count)
         return {
-            **diagnostics.over_ranks(self.engine, measured_valid_mass=self.valid_mass),
+            **diagnostics.over_ranks(self.engine, valid_mass=self.valid_mass, true_answers=true_answers is not None),
             "gradient_norm": norm,
             "learning_rate": self.engine.learning_rate,
             "skipped": float(self.engine.skipped),
         }
+
+    def _true_answer_losses(
+        self, answers: RolloutBatch, parts: list[MicroBatch | None], allowed: AllowedTokens, diagnostics: Diagnostics
+    ) -> Iterator[Tensor]:
+        """Minus the weighted mean log-probability of the true answers behind their chains, micro-batch by micro-batch:
+        the token mean inside each mode, weighted by prompts."""
+        reasoning_T = np.repeat(answers.prompts.reasoning, answers.responses.lengths)
+        counted_T = allowed.has_choice & (in_answer(answers, self.constraint) | ~reasoning_T)
+        reasoning_share = float(answers.prompts.reasoning.mean())
+        weights = token_weights(
+            torch.from_numpy(reasoning_T.astype(np.int64)), torch.from_numpy(counted_T),
+            (1 - reasoning_share, reasoning_share),
+        )  # fmt: skip
+        device = self.engine.device
+        for part in parts:
+            if part is None:
+                yield self.engine.policy(pack_rows([PLACEHOLDER]).to(device)).sum() * 0.0
+                continue
+            current_T = self._log_probabilities(self.engine.policy, part)
+            loss = -self.objective.true_answer_coefficient * (weights[part.at_T].to(device) * current_T).sum()
+            counted = torch.from_numpy(counted_T[part.at_T]).to(device)
+            diagnostics.add_true_answers(float(loss.detach()), current_T.detach()[counted])
+            yield loss * self.engine.ranks
 
     def _token_weights(
         self, batch: RolloutBatch, groups: np.ndarray, in_mini_T: np.ndarray, allowed: AllowedTokens

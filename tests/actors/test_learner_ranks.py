@@ -5,10 +5,13 @@ import pytest
 import ray
 import safetensors.torch
 import torch
+from tiny import policy_of
 
 from actors.learner import LearnerActor, meeting_place
 from cluster.placement import await_stream
 from item_index.ragged import RaggedArray
+from learner.rollouts import allowed_in, in_answer, with_true_answers
+from learner.srpo import micro_batch
 from learner.weight_chunks import tensors_of
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -36,8 +39,8 @@ def start(tiny, *, ranks, zero_stage, low_rank=None, objective=None, srpo=None, 
     ray.get(
         [
             rank.prepare_srpo.remote(
-                str(tiny.index_folder), objective or {}, temperature=1.0, mini_batch_prompts=3, micro_batch_tokens=150,
-                seed=0, **(srpo or {}),
+                str(tiny.index_folder), objective or {},
+                **{"temperature": 1.0, "mini_batch_prompts": 3, "micro_batch_tokens": 150, "seed": 0, **(srpo or {})},
             )
             for rank in learner
         ],
@@ -143,6 +146,51 @@ def test_the_valid_mass_is_measured_on_demand_and_rises_where_it_is_a_gain(tiny,
         ray.kill(rank)
     assert 0 < mass[0] < mass[-1] < 1
     assert mass == sorted(mass)
+
+
+def test_true_answers_become_likelier_behind_the_policys_own_chains(tiny, ray_cluster):
+    plain = start(tiny, ranks=1, zero_stage=2)
+    batch, advantages = rollouts(tiny)
+    assert "true_answer_log_probability" not in update(plain, batch, advantages)[0]
+    ray.kill(plain[0])
+    nothing = RaggedArray(np.zeros_like(advantages.values), advantages.offsets)
+    objective = {"true_answer_coefficient": 1.0, "kl_coefficient": 0.0}
+    found = {}
+    for ranks in (1, 2):
+        learner = start(tiny, ranks=ranks, zero_stage=2, objective=objective)
+        found[ranks] = [update(learner, batch, nothing)[0]["true_answer_log_probability"] for _ in range(4)]
+        for rank in learner:
+            ray.kill(rank)
+    assert found[1] == sorted(found[1])
+    assert found[1][-1] - found[1][0] > 0.1
+    assert found[2] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_the_gradient_of_true_answers_is_that_of_their_mean_log_probability(tiny, ray_cluster):
+    """One optimizer step with all groups, no advantages and no penalty, against answers that are read one by one."""
+    batch, advantages = rollouts(tiny)
+    nothing = RaggedArray(np.zeros_like(advantages.values), advantages.offsets)
+    learner = start(tiny, ranks=1, zero_stage=0, objective={"true_answer_coefficient": 0.5, "kl_coefficient": 0.0},
+                    srpo={"mini_batch_prompts": len(batch)})  # fmt: skip
+    metrics = update(learner, batch, nothing)[0]
+    ray.kill(learner[0])
+
+    policy, means = policy_of(tiny.model), {}
+    masks = torch.from_numpy(tiny.constraint.free_text_masks)
+    true = with_true_answers(batch, tiny.constraint)
+    for mode in ("direct", "reasoning"):
+        values = []
+        for group in np.flatnonzero(batch.prompts.reasoning == (mode == "reasoning")):
+            one = true.select(np.array([group]))
+            allowed = allowed_in(one, tiny.constraint).allowed
+            counted = allowed.has_choice & (in_answer(one, tiny.constraint) | (mode == "direct"))
+            values.append(policy(micro_batch(one, np.array([0]), allowed).packed, allowed, masks)[counted])
+        means[mode] = torch.cat(values).mean()
+    loss = -0.5 * sum(MODES.count(mode) / len(MODES) * mean for mode, mean in means.items())
+    gradients = torch.autograd.grad(loss, list(policy.parameters()))
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert metrics["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_a_second_epoch_moves_the_ratio_away_from_one(tiny, ray_cluster):
