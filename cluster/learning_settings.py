@@ -158,7 +158,8 @@ class ObjectiveSection(Section):
     )  # fmt: skip
     true_answer_coefficient: float = Field(
         0.0, ge=0,
-        description="Weight of the true items' mean log-probability behind the policy's own chains, an auxiliary gain.",
+        description="Weight of the true items' mean log-probability behind the policy's own chains, an auxiliary gain "
+        "of reasoning mode.",
     )  # fmt: skip
 
     @model_validator(mode="after")

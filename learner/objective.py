@@ -39,7 +39,7 @@ class ObjectiveSettings:
         valid_mass_coefficient: weight of the mean log valid mass at places inside semantic IDs, which is added to what
             is maximised: how much of the unconstrained distribution lies on allowed tokens.
         true_answer_coefficient: weight of the true items' mean log-probability behind the policy's own chains, which is
-            added to what is maximised as well.
+            added to what is maximised as well, in reasoning mode.
 
     Raises:
         ValueError: a constant outside its range.

@@ -143,28 +143,24 @@ def in_answer(batch: RolloutBatch, constraint: AnswerConstraint) -> np.ndarray:
     return (opened_T > np.repeat(before_R, batch.responses.lengths)) & ~opens_T
 
 
-def with_true_answers(batch: RolloutBatch, constraint: AnswerConstraint) -> RolloutBatch:
-    """One response to each group: the chain of its first response, and behind it the true item in the place of the
-    answer that was sampled; in direct mode the true item alone. Nobody sampled these: their log-probabilities are 0.
+def true_answers(batch: RolloutBatch, constraint: AnswerConstraint) -> RolloutBatch:
+    """The reasoning groups with one response each: the chain of a group's first response, and behind it the true item
+    in the place of the answer that was sampled. Nobody sampled these: their log-probabilities are 0.
 
     The rollouts must have been sampled under the constraint, so that every chain opens an answer.
     """
-    prompts, tokens = batch.prompts, constraint.tokens
-    paths_GL = constraint.trie.paths(prompts.targets)
+    groups, tokens = np.flatnonzero(batch.prompts.reasoning), constraint.tokens
     responses = []
-    for group, first in enumerate(batch.group_starts[:-1]):
-        path = paths_GL[group]
-        item, end = constraint.node_token(path[path >= 0]), tokens.end_of_sequence
-        if prompts.reasoning[group]:
-            sampled = batch.responses[int(first)]
-            opened = int(np.flatnonzero(sampled == tokens.answer_open)[0]) + 1
-            responses.append([*sampled[:opened], *item, tokens.answer_close, end])
-        else:
-            responses.append([*item, end])
+    for group, path in zip(groups, constraint.trie.paths(batch.prompts.targets[groups]), strict=True):
+        sampled = batch.responses[int(batch.group_starts[group])]
+        chain = sampled[: int(np.flatnonzero(sampled == tokens.answer_open)[0]) + 1]
+        item = constraint.node_token(path[path >= 0])
+        responses.append([*chain, *item, tokens.answer_close, tokens.end_of_sequence])
     rows = RaggedArray.of(responses, np.int32)
     return RolloutBatch(
-        prompts, np.ones(len(batch), np.int64), rows, RaggedArray(np.zeros(len(rows.values), np.float32), rows.offsets),
-        batch.weight_versions, batch.index_version,
+        batch.prompts.select(groups), np.ones(len(groups), np.int64), rows,
+        RaggedArray(np.zeros(len(rows.values), np.float32), rows.offsets), batch.weight_versions[groups],
+        batch.index_version,
     )  # fmt: skip
 
 

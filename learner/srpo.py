@@ -23,7 +23,7 @@ from learner.low_rank import without_low_rank_weights
 from learner.objective import ObjectiveSettings, token_losses, token_weights
 from learner.packing import PLACEHOLDER, PackedBatch, balanced_micro_batches, pack_groups, pack_rows, packed_length
 from learner.policy import Policy
-from learner.rollouts import RolloutBatch, allowed_in, in_answer, with_true_answers
+from learner.rollouts import RolloutBatch, allowed_in, in_answer, true_answers
 
 
 @dataclass
@@ -110,7 +110,6 @@ class GroupPolicyLearner:
         order = self.generator.permutation(len(batch))
         mini_batches = [order[i : i + self.mini_batch_prompts] for i in range(0, len(order), self.mini_batch_prompts)]
         parts_of = [self._own_parts(batch, groups, allowed) for groups in mini_batches]
-        true_answers = with_true_answers(batch, self.constraint) if self.objective.true_answer_coefficient else None
         on_policy = len(mini_batches) == self.epochs == 1
         with torch.no_grad():  # not inference mode: ZeRO 3 keeps parameters that it gathers
             for part in (part for parts in parts_of for part in parts if part is not None):
@@ -122,9 +121,7 @@ class GroupPolicyLearner:
         steps = []
         for _epoch in range(self.epochs):
             for number in self.generator.permutation(len(mini_batches)):
-                groups = mini_batches[number]
-                auxiliary = None if true_answers is None else true_answers.select(groups)
-                steps.append(self._step(batch, groups, parts_of[number], allowed, advantages_R, auxiliary))
+                steps.append(self._step(batch, mini_batches[number], parts_of[number], allowed, advantages_R))
         ended = time.perf_counter()
         of_rank = [None if part is None else part.packed for parts in parts_of for part in parts]
         tokens, places = self.engine.totals(
@@ -165,10 +162,9 @@ class GroupPolicyLearner:
 
     def _step(
         self, batch: RolloutBatch, groups: np.ndarray, parts: list[MicroBatch | None], allowed: AllowedTokens,
-        advantages_R: np.ndarray, true_answers: RolloutBatch | None,
+        advantages_R: np.ndarray,
     ) -> dict[str, float]:  # fmt: skip
-        """One optimizer step on a mini-batch, with the true answers of its groups where they are learnt as well;
-        returns its diagnostics."""
+        """One optimizer step on a mini-batch; returns its diagnostics."""
         lengths_R, device = batch.responses.lengths, self.engine.device
         in_mini_T = np.isin(np.repeat(batch.group_of_response, lengths_R), groups)
         weights = self._token_weights(batch, groups, in_mini_T, allowed)
@@ -204,42 +200,40 @@ class GroupPolicyLearner:
                 diagnostics.add(float(loss.detach()), current_T.detach(), old_T, sampler_T, values_T, part.allowed)
                 yield loss * self.engine.ranks  # DeepSpeed averages over the ranks
 
-        true_losses: list[Tensor] | Iterator[Tensor] = []
-        if true_answers is not None:
-            allowed_true = allowed_in(true_answers, self.constraint).allowed
-            true_parts = self._own_parts(true_answers, np.arange(len(true_answers)), allowed_true)
-            true_losses = self._true_answer_losses(true_answers, true_parts, allowed_true, diagnostics)
-        count = len(parts) + (0 if true_answers is None else len(true_parts))
-        norm = self.engine.step(chain(losses(), true_losses), count)
+        true_parts, true_losses = self._true_answers(batch.select(groups), diagnostics)
+        norm = self.engine.step(chain(losses(), true_losses), len(parts) + true_parts)
         return {
-            **diagnostics.over_ranks(self.engine, valid_mass=self.valid_mass, true_answers=true_answers is not None),
+            **diagnostics.over_ranks(
+                self.engine, valid_mass=self.valid_mass, true_answers=self.objective.true_answer_coefficient > 0
+            ),
             "gradient_norm": norm,
             "learning_rate": self.engine.learning_rate,
             "skipped": float(self.engine.skipped),
         }
 
-    def _true_answer_losses(
-        self, answers: RolloutBatch, parts: list[MicroBatch | None], allowed: AllowedTokens, diagnostics: Diagnostics
-    ) -> Iterator[Tensor]:
-        """Minus the weighted mean log-probability of the true answers behind their chains, micro-batch by micro-batch:
-        the token mean inside each mode, weighted by prompts."""
-        reasoning_T = np.repeat(answers.prompts.reasoning, answers.responses.lengths)
-        counted_T = allowed.has_choice & (in_answer(answers, self.constraint) | ~reasoning_T)
-        reasoning_share = float(answers.prompts.reasoning.mean())
-        weights = token_weights(
-            torch.from_numpy(reasoning_T.astype(np.int64)), torch.from_numpy(counted_T),
-            (1 - reasoning_share, reasoning_share),
-        )  # fmt: skip
-        device = self.engine.device
-        for part in parts:
-            if part is None:
-                yield self.engine.policy(pack_rows([PLACEHOLDER]).to(device)).sum() * 0.0
-                continue
-            current_T = self._log_probabilities(self.engine.policy, part)
-            loss = -self.objective.true_answer_coefficient * (weights[part.at_T].to(device) * current_T).sum()
-            counted = torch.from_numpy(counted_T[part.at_T]).to(device)
-            diagnostics.add_true_answers(float(loss.detach()), current_T.detach()[counted])
-            yield loss * self.engine.ranks
+    def _true_answers(self, batch: RolloutBatch, diagnostics: Diagnostics) -> tuple[int, Iterator[Tensor]]:
+        """The number of this rank's micro-batches of a mini-batch's true answers, and their losses: minus the mean
+        log-probability of the answers' tokens, times reasoning's share of the prompts."""
+        if not self.objective.true_answer_coefficient or not batch.prompts.reasoning.any():
+            return 0, iter(())
+        answers, share = true_answers(batch, self.constraint), float(batch.prompts.reasoning.mean())
+        allowed = allowed_in(answers, self.constraint).allowed
+        counted_T = allowed.has_choice & in_answer(answers, self.constraint)
+        weight = self.objective.true_answer_coefficient * share / int(counted_T.sum())
+        parts = self._own_parts(answers, np.arange(len(answers)), allowed)
+
+        def losses() -> Iterator[Tensor]:
+            for part in parts:
+                if part is None:
+                    yield self.engine.policy(pack_rows([PLACEHOLDER]).to(self.engine.device)).sum() * 0.0
+                    continue
+                counted = torch.from_numpy(counted_T[part.at_T]).to(self.engine.device)
+                log_probabilities_T = self._log_probabilities(self.engine.policy, part)[counted]
+                loss = -weight * log_probabilities_T.sum()
+                diagnostics.add_true_answers(float(loss.detach()), log_probabilities_T.detach())
+                yield loss * self.engine.ranks
+
+        return len(parts), losses()
 
     def _token_weights(
         self, batch: RolloutBatch, groups: np.ndarray, in_mini_T: np.ndarray, allowed: AllowedTokens

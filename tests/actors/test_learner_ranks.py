@@ -10,7 +10,7 @@ from tiny import policy_of
 from actors.learner import LearnerActor, meeting_place
 from cluster.placement import await_stream
 from item_index.ragged import RaggedArray
-from learner.rollouts import allowed_in, in_answer, with_true_answers
+from learner.rollouts import allowed_in, in_answer, true_answers
 from learner.srpo import micro_batch
 from learner.weight_chunks import tensors_of
 
@@ -175,18 +175,14 @@ def test_the_gradient_of_true_answers_is_that_of_their_mean_log_probability(tiny
     metrics = update(learner, batch, nothing)[0]
     ray.kill(learner[0])
 
-    policy, means = policy_of(tiny.model), {}
-    masks = torch.from_numpy(tiny.constraint.free_text_masks)
-    true = with_true_answers(batch, tiny.constraint)
-    for mode in ("direct", "reasoning"):
-        values = []
-        for group in np.flatnonzero(batch.prompts.reasoning == (mode == "reasoning")):
-            one = true.select(np.array([group]))
-            allowed = allowed_in(one, tiny.constraint).allowed
-            counted = allowed.has_choice & (in_answer(one, tiny.constraint) | (mode == "direct"))
-            values.append(policy(micro_batch(one, np.array([0]), allowed).packed, allowed, masks)[counted])
-        means[mode] = torch.cat(values).mean()
-    loss = -0.5 * sum(MODES.count(mode) / len(MODES) * mean for mode, mean in means.items())
+    policy, masks = policy_of(tiny.model), torch.from_numpy(tiny.constraint.free_text_masks)
+    answers, values = true_answers(batch, tiny.constraint), []
+    for group in range(len(answers)):
+        one = answers.select(np.array([group]))
+        allowed = allowed_in(one, tiny.constraint).allowed
+        counted = allowed.has_choice & in_answer(one, tiny.constraint)
+        values.append(policy(micro_batch(one, np.array([0]), allowed).packed, allowed, masks)[counted])
+    loss = -0.5 * MODES.count("reasoning") / len(MODES) * torch.cat(values).mean()
     gradients = torch.autograd.grad(loss, list(policy.parameters()))
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()

@@ -13,7 +13,7 @@ from item_index.ragged import RaggedArray
 from learner.advantages import groups_with_variance
 from learner.objective import ObjectiveSettings, token_losses, token_weights
 from learner.packing import pack_groups
-from learner.rollouts import RolloutBatch, allowed_in, in_answer, with_true_answers
+from learner.rollouts import RolloutBatch, allowed_in, in_answer, true_answers
 from learner.srpo import micro_batch
 
 
@@ -43,22 +43,21 @@ def test_the_answer_is_what_stands_behind_its_opening(tiny):
 def test_true_answers_stand_behind_the_chain_of_the_first_response(tiny):
     think = "Evidence: one. Preference: two. Intent: three. Recommendation: four."
     chains = [tiny.builder.reasoning_response(think, rewriting, 4) for rewriting in ("Rewritten history: ", "Other: ")]
-    prompts = tiny.prompts(["direct", "reasoning", "direct"])
-    batch = batch_of(tiny, prompts, [[tiny.builder.direct_response(7)] * 2, chains, [tiny.builder.direct_response(8)]])
-    true = with_true_answers(batch, tiny.constraint)
-    assert true.group_sizes.tolist() == [1, 1, 1]
-    direct, reasoned, other = (response.tolist() for response in true.responses)
-    assert direct == tiny.builder.direct_response(int(prompts.targets[0]))
-    assert reasoned == tiny.builder.reasoning_response(think, "Rewritten history: ", int(prompts.targets[1]))
-    assert other == tiny.builder.direct_response(int(prompts.targets[2]))
+    prompts = tiny.prompts(["direct", "reasoning", "direct", "reasoning"])
+    answers = [[tiny.builder.direct_response(7)] * 2, chains, [tiny.builder.direct_response(8)], chains[::-1]]
+    found = true_answers(batch_of(tiny, prompts, answers), tiny.constraint)
+    assert found.group_sizes.tolist() == [1, 1]
+    assert [response.tolist() for response in found.responses] == [
+        tiny.builder.reasoning_response(think, rewriting, int(target))
+        for rewriting, target in (("Rewritten history: ", prompts.targets[1]), ("Other: ", prompts.targets[3]))
+    ]
 
 
 def test_true_answers_stay_within_the_constraint_whatever_was_sampled(tiny):
-    modes = ["reasoning", "direct"] * 12
-    batch = tiny.random_rollouts(tiny.prompts(modes, budget=20), responses=2, seed=3)
-    true = with_true_answers(batch, tiny.constraint)
-    assert allowed_in(true, tiny.constraint).forced_R.any(), "no chain was cut off by its budget"
-    assert allowed_in(true, tiny.constraint).allowed.has_choice.any()
+    batch = tiny.random_rollouts(tiny.prompts(["reasoning", "direct"] * 12, budget=20), responses=2, seed=3)
+    found = allowed_in(true_answers(batch, tiny.constraint), tiny.constraint)
+    assert found.forced_R.any(), "no chain was cut off by its budget"
+    assert found.allowed.has_choice.any()
 
 
 def test_weighted_by_probability_the_policy_gradients_of_all_outcomes_are_the_exact_gradient(tiny):
