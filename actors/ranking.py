@@ -21,10 +21,10 @@ class RankingWorker:
 
     def __init__(self, model_folder: str, index_folder: str, *, threads: int) -> None:
         torch.set_num_threads(threads)
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
         self.model = load_language_model(model_folder).eval()
         rows = self.model.get_output_embeddings().weight.shape[0]
-        self.constraint = AnswerConstraint.of(SemanticIdIndex.load(index_folder), tokenizer, vocabulary_size=rows)
+        self.constraint = AnswerConstraint.of(SemanticIdIndex.load(index_folder), self.tokenizer, vocabulary_size=rows)
 
     def rank(
         self, prompts: RaggedArray, excluded: RaggedArray, *, mode: Mode, width: int

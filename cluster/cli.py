@@ -1,4 +1,5 @@
-"""The command line: `gream data | index | corpus | sft | train | evaluate | run | report | plan | status | track`."""
+"""The command line: `gream data | index | corpus | sft | train | evaluate | run | report | serve | plan | status |
+track`."""
 
 from __future__ import annotations
 
@@ -161,6 +162,25 @@ def track(
     if left:
         raise InputError(f"{left} records could not be sent", file=run_folder, remedy="Look at the warnings above.")
     console.print("track: MLflow has everything", highlight=False)
+
+
+@app.command("serve")
+def serve(
+    run: Annotated[Path, typer.Option("--run", help="Run folder whose checkpoint is served.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    wait: Annotated[
+        bool, typer.Option(help="Serve until Ctrl-C; without it leave the service to the cluster.")
+    ] = True,
+) -> None:
+    """Serve both modes over HTTP, with a page to look at."""
+    from cluster.serving import serve_run, served_settings
+
+    settings = served_settings(str(run), overrides or ())
+    if dry_run:
+        print(settings.dump(), end="")
+        return
+    serve_run(settings, wait=wait)
 
 
 @app.command("status")

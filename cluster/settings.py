@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from cluster.data_settings import CorpusSettings, DataSettings, IndexSettings
 from cluster.learning_settings import ContinuedSettings, ModelSettings, SupervisedSettings, TrainSettings
 from cluster.section import Section
+from cluster.serving_settings import ServingSettings
 from evaluation.baselines import COUNTING_BASELINES, BaselineName
 from evaluation.chain_interventions import ChainIntervention
 from item_index.constraint import MODES, Mode
@@ -177,6 +178,7 @@ class Settings(Section):
         default_factory=ContinuedSettings, description="More supervised training, to compare SRPO with."
     )
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="The evaluate stage.")
+    serving: ServingSettings = Field(default_factory=ServingSettings, description="The service of a finished run.")
     cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="Ray, placement and engines.")
     machine: MachineSettings = Field(
         default_factory=MachineSettings,

@@ -1,0 +1,138 @@
+"""Reasoning chains of many requests, decoded together by one vLLM engine and handed out token by token."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from actors.rollout import RolloutEngine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ChainTokens:
+    """New tokens of one chain of a request; the last of a chain is `<answer>`, and then it has `ended`."""
+
+    chain: int
+    tokens: tuple[int, ...]
+    ended: bool
+
+
+class ChainStreams:
+    """Feeds the engine from a thread of its own, which decodes one token of all open chains at a time.
+
+    Requests come and go between two steps. When a request's iterator is closed before its end, as it is when its client
+    is gone, its chains are taken out of the engine before the next step.
+
+    Attributes:
+        failure: what ended the thread; every request fails with it from then on.
+    """
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
+        self.failure: BaseException | None = None
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._listeners: dict[str, Callable[[ChainTokens | BaseException], None]] = {}
+        self._numbers = itertools.count()
+        threading.Thread(target=self._run, name="chains", daemon=True).start()
+
+    @property
+    def open_requests(self) -> int:
+        """Requests whose chains have not all ended."""
+        return len(self._listeners)
+
+    async def sample(
+        self, prompt: list[int], *, chains: int, budget: int, temperature: float, excluded: list[int], seed: int | None
+    ) -> AsyncIterator[ChainTokens]:
+        """Tokens of all chains as they come. `excluded` are item rows, `budget` tokens as for a whole response.
+
+        Raises ValueError for a request that the constraint refuses, and RuntimeError when the engine has failed.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[ChainTokens | BaseException]()
+        name = str(next(self._numbers))
+        parameters = SamplingParams(
+            n=chains, temperature=temperature, max_tokens=budget, seed=seed, detokenize=False,
+            stop_token_ids=[self.engine.constraint.tokens.answer_open], output_kind=RequestOutputKind.DELTA,
+            extra_args={
+                "gream": {"mode": "reasoning", "index_version": self.engine.index_version, "excluded": excluded}
+            },
+        )  # fmt: skip
+
+        def hand_over(news: ChainTokens | BaseException) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, news)
+
+        self._calls.put(lambda: self._add(name, prompt, parameters, hand_over))
+        ended = 0
+        try:
+            while ended < chains:
+                news = await arrived.get()
+                if isinstance(news, ValueError):
+                    raise news
+                if isinstance(news, BaseException):
+                    raise RuntimeError(f"the engine of the chains has failed: {news}") from news
+                ended += news.ended
+                yield news
+        finally:
+            if ended < chains:
+                self._calls.put(lambda: self._remove(name))
+
+    def _add(self, name: str, prompt: list[int], parameters: Any, hand_over: Callable[..., None]) -> None:
+        try:
+            self.engine.constraint.start(["reasoning"], [parameters.max_tokens], [parameters.extra_args["gream"]["excluded"]])
+            self.engine.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        except ValueError as error:  # what this request asks for, not the engine
+            hand_over(error)
+            return
+        self._listeners[name] = hand_over
+
+    def _remove(self, name: str) -> None:
+        if self._listeners.pop(name, None) is not None:
+            self.engine.llm.llm_engine.abort_request([name])
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._take_calls()
+                self._step()
+        except BaseException as error:
+            logger.exception("the engine of the chains has failed")
+            self.failure = error
+            while True:  # whoever comes is told, until the replica is replaced
+                for hand_over in self._listeners.values():
+                    hand_over(error)
+                self._listeners.clear()
+                self._calls.get()()
+
+    def _take_calls(self) -> None:
+        """Do what was asked for since the last step; without open chains wait until something is."""
+        if not self._listeners:
+            self._calls.get()()
+        while True:
+            try:
+                call = self._calls.get_nowait()
+            except queue.Empty:
+                return
+            call()
+
+    def _step(self) -> None:
+        if not self._listeners:
+            return
+        for output in self.engine.llm.llm_engine.step():
+            hand_over = self._listeners.get(output.request_id)
+            if hand_over is None:
+                continue
+            for chain in output.outputs:
+                ended = chain.finish_reason is not None
+                hand_over(ChainTokens(chain.index, tuple(chain.token_ids), ended))
+            if output.finished:
+                del self._listeners[output.request_id]

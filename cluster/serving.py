@@ -1,0 +1,133 @@
+"""The service as a Ray Serve application, and the command that runs it until it is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import Field
+from ray import serve
+from ray.serve.config import AutoscalingConfig, HTTPOptions
+
+from actors.recommender import DirectRecommender, ReasoningRecommender, ReplicaPlan
+from actors.rollout import environment
+from cluster.pipeline import EVALUATED_STAGES
+from cluster.progress import console
+from cluster.section import Section
+from cluster.serving_settings import ReplicaSettings, ServingSettings
+from cluster.settings import Settings, load_settings
+from item_index.input_error import InputError
+
+APPLICATION = "gream"
+
+
+class ServeArguments(Section):
+    """The arguments of the application in a Serve config file."""
+
+    run: str = Field(description="Run folder, on a file system that all nodes see.")
+    overrides: tuple[str, ...] = Field((), description="Settings that replace the run's, as key.path=value.")
+
+
+def served_settings(run_folder: str, overrides: Sequence[str]) -> Settings:
+    """The settings of a run with its folder as it is named here."""
+    return load_settings(Path(run_folder) / "settings.yaml", [*overrides, f"run_folder={run_folder}"])
+
+
+def application(arguments: ServeArguments) -> serve.Application:
+    """The application of a Serve config file: `import_path: cluster.serving:application`."""
+    return application_of(served_settings(arguments.run, arguments.overrides))
+
+
+def application_of(settings: Settings) -> serve.Application:
+    """HTTP interface, direct mode and reasoning mode, each with replicas of its own."""
+    serving, cluster = settings.serving, settings.cluster
+    folder = settings.folder.resolve()
+    checkpoint = folder / EVALUATED_STAGES[serving.checkpoint] / "checkpoint"
+    if not checkpoint.is_dir():
+        raise InputError(
+            "there is no checkpoint", file=checkpoint, remedy="Run its stage, or name another by serving.checkpoint."
+        )
+    api_keys(serving)  # known to be missing before anything starts; each replica reads them from its own environment
+    plan = ReplicaPlan(
+        str(folder), str(checkpoint), serving.beam_width, serving.batch_users, serving.batch_wait_ms / 1000,
+        settings.train.reasoning_budget, cluster.rollout_sequences, cluster.threads, cluster.dtype,
+        cluster.kv_cache_mib,
+    )  # fmt: skip
+    variables = {"OMP_NUM_THREADS": str(cluster.threads)}
+    direct = deployed(DirectRecommender, serving, serving.direct, variables).bind(plan)
+    reasoning = deployed(
+        ReasoningRecommender, serving, serving.reasoning, variables | environment(cluster.model_runner)
+    ).bind(plan)
+    interface = serve.ingress()(RecommendationInterface)
+    return deployed(interface, serving, serving.api, {}).bind(serving, direct, reasoning)
+
+
+class RecommendationInterface:
+    """The replicas that speak HTTP: they know no model and no catalogue, so one version of it serves all others."""
+
+    def __init__(self, settings: ServingSettings, direct: Any, reasoning: Any) -> None:
+        self.arguments = (settings, direct, reasoning, api_keys(settings))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from cluster.recommendation_api import build_api
+
+        return build_api(*self.arguments)
+
+
+def deployed(
+    replica: Any, serving: ServingSettings, settings: ReplicaSettings, variables: dict[str, str]
+) -> serve.Deployment:
+    """A deployment of some class. New replicas are ready before old ones end what they work on and go."""
+    number: dict[str, Any] = {"num_replicas": settings.minimum}
+    if settings.maximum > settings.minimum:
+        number = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=settings.minimum, max_replicas=settings.maximum,
+                target_ongoing_requests=max(1, settings.ongoing_requests / 2),
+            )
+        }  # fmt: skip
+    return serve.deployment(
+        replica, max_ongoing_requests=settings.ongoing_requests, max_queued_requests=settings.queued_requests,
+        ray_actor_options={
+            "num_cpus": settings.cpus, "num_gpus": settings.gpus, "runtime_env": {"env_vars": variables}
+        },
+        graceful_shutdown_timeout_s=serving.drain_seconds, graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=2, health_check_timeout_s=30, max_surge_percent=100, **number,
+    )  # fmt: skip
+
+
+def api_keys(serving: ServingSettings) -> list[bytes]:
+    """The accepted keys out of the environment. Raises InputError where a variable is named and holds none."""
+    if serving.key_variable is None:
+        return []
+    keys = [key.strip().encode() for key in os.environ.get(serving.key_variable, "").split(",") if key.strip()]
+    if not keys:
+        raise InputError(
+            f"the environment variable {serving.key_variable} holds no key", field="serving.key_variable",
+            remedy="Set it to the accepted keys, separated by commas.",
+        )  # fmt: skip
+    return keys
+
+
+def serve_run(settings: Settings, *, wait: bool) -> None:
+    """Serve a run, or put it in the place of what the cluster serves; with `wait`, until Ctrl-C or SIGTERM."""
+    serving, cluster = settings.serving, settings.cluster
+    application = application_of(settings)
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    ray.init(address=address, log_to_driver=False, **({} if address else {"include_dashboard": False}))
+    serve.start(http_options=HTTPOptions(host=serving.host, port=serving.port))
+    serve.run(application, name=APPLICATION, route_prefix="/")
+    console.print(f"serve: http://{serving.host}:{serving.port}", highlight=False)
+    if wait:
+        stopped = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
+        stopped.wait()
+        console.print("serve: no new requests; those under way are finished")
+        serve.shutdown()
+        ray.shutdown()
