@@ -69,7 +69,8 @@ class ChainStreams:
         )  # fmt: skip
 
         def hand_over(news: ChainTokens | BaseException) -> None:
-            loop.call_soon_threadsafe(arrived.put_nowait, news)
+            if not loop.is_closed():  # then nobody listens, and the removal is on its way
+                loop.call_soon_threadsafe(arrived.put_nowait, news)
 
         self._calls.put(lambda: self._add(name, prompt, parameters, hand_over))
         ended = 0
@@ -88,7 +89,9 @@ class ChainStreams:
 
     def _add(self, name: str, prompt: list[int], parameters: Any, hand_over: Callable[..., None]) -> None:
         try:
-            self.engine.constraint.start(["reasoning"], [parameters.max_tokens], [parameters.extra_args["gream"]["excluded"]])
+            self.engine.constraint.start(
+                ["reasoning"], [parameters.max_tokens], [parameters.extra_args["gream"]["excluded"]]
+            )
             self.engine.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
         except ValueError as error:  # what this request asks for, not the engine
             hand_over(error)

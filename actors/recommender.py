@@ -1,10 +1,8 @@
-"""The replicas that recommend: direct mode by beam search, and reasoning mode by chains of vLLM and a beam after each."""
+"""The replicas that recommend: direct mode by beam search, reasoning mode by chains of vLLM and a beam after each."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ class ReplicaPlan:
     Attributes:
         run_folder: with the index and the corpus.
         checkpoint: of the model.
+        versions: that these folders hold; a replica that finds others does not start.
         beam_width: of all beam searches, and the length of the longest list.
         batch_users, batch_wait_seconds: requests of one beam search at most, and how long it waits for them.
         reasoning_budget: tokens of chain and answer.
@@ -41,6 +40,7 @@ class ReplicaPlan:
 
     run_folder: str
     checkpoint: str
+    versions: dict[str, str]
     beam_width: int
     batch_users: int
     batch_wait_seconds: float
@@ -62,6 +62,10 @@ class BatchedRanking:
             "gream_serving_batch_users", description="Requests of one beam search.",
             boundaries=[1, 2, 4, 8, 16, 32, 64, 128], tag_keys=("mode",),
         )  # fmt: skip
+        self.items = Counter(
+            "gream_serving_items", description="Items asked for, by whether there were so many.",
+            tag_keys=("mode", "given"),
+        )  # fmt: skip
         self.rank.set_max_batch_size(plan.batch_users)
         self.rank.set_batch_wait_timeout_s(plan.batch_wait_seconds)
 
@@ -71,10 +75,16 @@ class BatchedRanking:
         self.batch_sizes.observe(len(opened), tags={"mode": self.mode})
         contexts = RaggedArray.of([context for context, _ in opened], np.int32)
         excluded = RaggedArray.of([rows for _, rows in opened], np.int32)
-        items, scores = await asyncio.to_thread(
-            self.worker.rank, contexts, excluded, mode=self.mode, width=self.width
-        )
+        items, scores = await asyncio.to_thread(self.worker.rank, contexts, excluded, mode=self.mode, width=self.width)
         return list(zip(items, scores, strict=True))
+
+    def listed(self, run: ServedRun, items_K: np.ndarray, scores_K: np.ndarray, k: int) -> list[dict[str, Any]]:
+        """The first k of a ranked list, counted."""
+        items = run.ranked(items_K, scores_K, k)
+        self.items.inc(len(items), tags={"mode": self.mode, "given": "yes"})
+        if len(items) < k:
+            self.items.inc(k - len(items), tags={"mode": self.mode, "given": "no"})
+        return items
 
 
 class DirectRecommender:
@@ -91,7 +101,7 @@ class DirectRecommender:
         if len(excluded) >= len(self.run.catalogue):
             return {"items": [], "versions": self.run.versions}
         items_K, scores_K = await self.ranking.rank((prompt, excluded))
-        return {"items": self.run.ranked(items_K, scores_K, query.k), "versions": self.run.versions}
+        return {"items": self.ranking.listed(self.run, items_K, scores_K, query.k), "versions": self.run.versions}
 
     async def versions(self) -> dict[str, str]:
         """Which checkpoint and index answer here."""
@@ -174,7 +184,7 @@ class ReasoningRecommender:
             items_CK, scores_CK, np.zeros(query.chains, np.int64), users=1, width=self.plan.beam_width
         )
         yield {
-            "items": self.run.ranked(items[0], scores[0], query.k),
+            "items": self.ranking.listed(self.run, items[0], scores[0], query.k),
             "chains": [self._chain(tokens) for tokens in written],
             "versions": self.run.versions,
         }
@@ -193,8 +203,8 @@ class ReasoningRecommender:
 
 def served_run(plan: ReplicaPlan, ranking: BatchedRanking) -> ServedRun:
     """The run folder's catalogue side, with the tokenizer of the ranking's model."""
-    summary = json.loads((Path(plan.run_folder) / "corpus" / "summary.json").read_text())
-    constraint = ranking.worker.constraint
+    worker = ranking.worker
     return ServedRun(
-        plan.run_folder, plan.checkpoint, summary["history_items"], ranking.worker.tokenizer, constraint.tokens
-    )
+        plan.run_folder, plan.checkpoint, versions=plan.versions, tokenizer=worker.tokenizer,
+        tokens=worker.constraint.tokens,
+    )  # fmt: skip

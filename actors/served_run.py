@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from curriculum.corpus import load_sequences
 from curriculum.prompts import PromptBuilder
 from item_index.catalogue import Catalogue
 from item_index.constraint import Mode
+from item_index.input_error import InputError
 from item_index.semantic_ids import SemanticIdIndex
 
 
@@ -73,13 +75,27 @@ class ServedRun:
         versions: of the checkpoint and of the index, which every answer names.
     """
 
-    def __init__(self, run_folder: str, checkpoint_folder: str, history_items: int, tokenizer: Any, tokens: Any) -> None:
+    def __init__(
+        self, run_folder: str, checkpoint_folder: str, *, versions: dict[str, str], tokenizer: Any, tokens: Any
+    ) -> None:
+        """Raises InputError where the folder has other versions than those planned, or another catalogue."""
         folder = Path(run_folder)
         self.index = SemanticIdIndex.load(folder / "index")
         self.catalogue = Catalogue.load(folder / "corpus" / "items.parquet")
         self.sequences = load_sequences(folder / "corpus")
-        self.builder = PromptBuilder(tokenizer, self.index, tokens, history_items=history_items)
-        self.versions = {"checkpoint": checkpoint_version(Path(checkpoint_folder)), "index": self.index.version}
+        summary = json.loads((folder / "corpus" / "summary.json").read_text())
+        self.builder = PromptBuilder(tokenizer, self.index, tokens, history_items=summary["history_items"])
+        self.versions = planned_versions(folder, Path(checkpoint_folder))
+        if self.versions != versions:
+            raise InputError(
+                f"the folder has {self.versions} now, and {versions} was deployed", file=folder,
+                remedy="Deploy it again: replicas of one deployment must not answer by different versions.",
+            )  # fmt: skip
+        if tuple(self.catalogue.item_ids) != tuple(self.index.item_ids):
+            raise InputError(
+                "the items are not those of the index", file=folder / "corpus" / "items.parquet",
+                remedy="Run the corpus stage after the index stage.",
+            )  # fmt: skip
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -148,6 +164,12 @@ class ServedRun:
         for row in sorted(set(rows), key=lambda row: -int(self.index.lengths_I[row])):
             text = text.replace(self.index.text(row), f" [{self.catalogue.titles[row]}]")
         return text
+
+
+def planned_versions(run_folder: Path, checkpoint_folder: Path) -> dict[str, str]:
+    """What a run folder has now, by name."""
+    index = SemanticIdIndex.load(run_folder / "index").version
+    return {"checkpoint": checkpoint_version(checkpoint_folder), "index": index}
 
 
 def checkpoint_version(folder: Path) -> str:

@@ -1,5 +1,5 @@
-"""Load on an HTTP server on this machine: closed loop, so many clients that ask again at once, or open loop, requests at
-times that a Poisson process gives whatever the answers do."""
+"""Load on an HTTP server on this machine: closed loop, so many clients that ask again at once, or open loop, requests
+at times that a Poisson process gives whatever the answers do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Answers:
-    """What came back: seconds of the answered requests, how many were refused (429, 503) or failed, and the wall time."""
+    """What came back: seconds of the answered requests, how many were refused (429, 503) or failed, the wall time."""
 
     seconds_N: np.ndarray
     refused: int
@@ -51,7 +51,7 @@ async def _one(session: aiohttp.ClientSession, request: Request, seconds: list[f
             if response.status != 200:
                 counts["failed"] += 1
                 return
-    except (aiohttp.ClientError, asyncio.TimeoutError):
+    except (TimeoutError, aiohttp.ClientError):
         counts["failed"] += 1
         return
     seconds.append(time.perf_counter() - started)

@@ -169,18 +169,15 @@ def serve(
     run: Annotated[Path, typer.Option("--run", help="Run folder whose checkpoint is served.")],
     overrides: Overrides = None,
     dry_run: DryRun = False,
-    wait: Annotated[
-        bool, typer.Option(help="Serve until Ctrl-C; without it leave the service to the cluster.")
-    ] = True,
+    wait: Annotated[bool, typer.Option(help="Serve until Ctrl-C; without it leave the service to the cluster.")] = True,
 ) -> None:
     """Serve both modes over HTTP, with a page to look at."""
     from cluster.serving import serve_run, served_settings
 
-    settings = served_settings(str(run), overrides or ())
     if dry_run:
-        print(settings.dump(), end="")
-        return
-    serve_run(settings, wait=wait)
+        print(served_settings(str(run), overrides or ()).dump(), end="")
+    else:
+        serve_run(str(run), overrides or (), wait=wait)
 
 
 @app.command("status")

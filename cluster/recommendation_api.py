@@ -1,136 +1,77 @@
-"""The HTTP interface of the service: `POST /v1/recommend`, items, users, health, and the page."""
+"""The HTTP interface of the service: `POST /v1/recommend`, items, users, health, metrics, and the page."""
 
 # Annotations are evaluated here: FastAPI reads those of functions that are made inside `build_api`.
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Query
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi import Depends, FastAPI, Query
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, create_model, model_validator
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.util.metrics import Counter, Histogram
 
 from actors import served_run
 from actors.recommender import MILLISECONDS
 from actors.served_run import UnknownId
-from cluster.problem_details import Guard, Problem, answer_with_problems, event
+from cluster import node_metrics
+from cluster.problem_details import Guard, Problem, answer_with_problems, described, event
+from cluster.recommendation_models import (
+    Identifier,
+    ItemModel,
+    ItemResponse,
+    ReadyResponse,
+    RecommendResponse,
+    request_model,
+)
 from cluster.serving_settings import ServingSettings
 
 PAGE = Path(__file__).parent / "page"
-OPEN_PATHS = ("/healthz", "/readyz", "/page/", "/docs", "/openapi.json")
+OPEN_PATHS = ("/", "/page/", "/docs", "/openapi.json", "/healthz", "/readyz")
 RETRY_PAUSE_SECONDS = 0.2
-Result = TypeVar("Result")
+REFUSED = {
+    401: "No accepted key.", 408: "The body came too slowly.", 413: "The body is too large.",
+    422: "The request asks for what is not there.", 429: "Too many requests wait; Retry-After says for how long.",
+    503: "No answer within the deadline, or no replica is there; Retry-After says when to try again.",
+}  # fmt: skip
 
-Limit = Annotated[int, Query(ge=1, le=100)]
+Limit = Annotated[int, Query(ge=1, le=100, description="Results at most.")]
 Words = Annotated[str, Query(min_length=1, max_length=256, description="Words of the title.")]
-Identifier = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | Annotated[StrictStr, Field(min_length=1, max_length=256)]
-
-
-class ItemModel(BaseModel):
-    item_id: Identifier = Field(description="The catalogue's id.")
-    title: str
-    path: list[str] = Field(description="Tokens of its semantic ID, level by level.")
-    description: str = ""
-    categories: list[str] = []
-    brand: str = ""
-    score: float | None = Field(None, description="Log-probability of the item, of direct mode or merged over chains.")
-
-
-class Versions(BaseModel):
-    checkpoint: str
-    index: str
-
-
-class ChainModel(BaseModel):
-    think: str = Field(description="The reasoning in words.")
-    rewritten_history: list[ItemModel] = Field(description="What of the history the chain keeps.")
-
-
-class RecommendResponse(BaseModel):
-    items: list[ItemModel] = Field(description="Best first.")
-    versions: Versions
-    chains: list[ChainModel] = Field([], description="Of reasoning mode.")
-
-
-class ProblemModel(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    type: str
-    title: str
-    status: int
-    detail: str
-
-
-class _RecommendRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    mode: Literal["direct", "reasoning"] = "direct"
-    user_id: Identifier | None = Field(None, description="Whose interactions are the history, where none is given.")
-    exclude_history: bool = Field(True, description="Do not recommend items of the history.")
-    temperature: float = Field(1.0, gt=0, le=2, allow_inf_nan=False, description="Of the chains.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="Of the chains; null draws one.")
-    stream: bool = Field(False, description="Answer with server-sent events: chain, restart, result, problem.")
-
-    @model_validator(mode="after")
-    def _one_history(self) -> "_RecommendRequest":
-        if (self.user_id is None) == (self.history is None):  # type: ignore[attr-defined]
-            raise ValueError("give either history or user_id")
-        return self
-
-
-def request_model(settings: ServingSettings) -> Any:
-    """The body of a request, with the limits of the settings."""
-    return create_model(
-        "RecommendRequest", __base__=_RecommendRequest,
-        k=(int, Field(10, ge=1, le=settings.beam_width, description="Items wanted.")),
-        history=(
-            Annotated[list[Identifier], Field(max_length=settings.maximum_history)] | None,
-            Field(None, description="Item ids, the oldest first; may be empty."),
-        ),
-        exclude=(
-            Annotated[list[Identifier], Field(max_length=settings.maximum_excluded)],
-            Field([], description="Item ids not to recommend."),
-        ),
-        chains=(
-            int,
-            Field(settings.default_chains, ge=1, le=settings.maximum_chains, description="Chains of reasoning mode."),
-        ),
-    )  # fmt: skip
+Beginning = Annotated[str, Query(max_length=256, description="Beginning of the user id.")]
 
 
 def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequence[bytes]) -> Any:
     """The ASGI application; `direct` and `reasoning` are the deployments' handles."""
-    model = request_model(settings)
-    problems: Any = {
-        status: {"model": ProblemModel, "description": text, "content": {"application/problem+json": {}}}
-        for status, text in {
-            400: "The body is not JSON.", 401: "No accepted key.", 404: "No such item or user.",
-            413: "The body is too large.", 422: "The request asks for what is not there.",
-            429: "Too many requests wait; Retry-After says for how long.", 503: "No replica is there at the moment.",
-            504: "The deadline has passed.",
-        }.items()
-    }  # fmt: skip
-    api = FastAPI(title="GREAM recommendations", version="1", docs_url=None, redoc_url=None, responses=problems)
+    api = FastAPI(
+        title="GREAM recommendations", version="1", docs_url=None, redoc_url=None, responses=described(REFUSED),
+        # The guard asks for the key; this only says so in the OpenAPI document.
+        dependencies=[Depends(HTTPBearer(auto_error=False, scheme_name="key"))] if keys else [],
+    )  # fmt: skip
     answer_with_problems(api)
     requests = Counter("gream_serving_requests", description="Answers.", tag_keys=("mode", "status"))
     latency = Histogram(
         "gream_serving_latency_ms", description="Time to the whole answer.", boundaries=MILLISECONDS, tag_keys=("mode",)
     )
 
-    async def asked(call: Callable[[], Awaitable[Result]], missing: int = 422) -> Result:
+    async def asked(call: Callable[[], Any], missing: int = 422) -> Any:
         """What a replica answers; where one is lost on the way, what another one does."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + settings.timeout_seconds
+        deadline = asyncio.get_running_loop().time() + settings.timeout_seconds
         while True:
+            response = call()
             try:
                 async with asyncio.timeout_at(deadline):
-                    return await call()
+                    return await response
             except RayActorError:
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
+            except asyncio.CancelledError:  # the client has gone
+                response.cancel()
+                raise
             except Exception as error:
+                response.cancel()
                 raise as_problem(error, settings, missing) from error
 
     async def chains_and_result(query: served_run.Query) -> AsyncIterator[tuple[str, Any]]:
@@ -170,27 +111,30 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
             requests.inc(tags={"mode": query.mode, "status": str(status)})
             latency.observe(1000 * (time.monotonic() - started), tags={"mode": query.mode})
 
-    async def written(events: AsyncIterator[tuple[str, Any]]) -> AsyncIterator[str]:
+    async def written(first: tuple[str, Any], others: AsyncIterator[tuple[str, Any]]) -> AsyncIterator[str]:
+        yield event(*first)
         try:
-            async for name, data in events:
+            async for name, data in others:
                 yield event(name, data)
         except Problem as problem:  # the status is long out
             yield event("problem", problem.body())
 
-    @api.post("/v1/recommend", response_model=RecommendResponse)
-    async def recommend(request: model) -> Any:
+    async def recommend(request: Any) -> Any:
         """Recommend items after a history."""
-        query = served_run.Query(
-            request.mode, request.k, None if request.history is None else tuple(request.history), request.user_id,
-            tuple(request.exclude), request.exclude_history, request.chains, request.temperature, request.seed,
-        )  # fmt: skip
-        events = events_of(query)
+        events = events_of(request.query())
         if request.stream:
-            return StreamingResponse(written(events), media_type="text/event-stream")
+            first = await anext(events)  # a request that fails at once has its status
+            return StreamingResponse(written(first, events), media_type="text/event-stream")
         results = [data async for name, data in events if name == "result"]
         return JSONResponse(results[-1])
 
-    @api.get("/v1/items/{item_id}", response_model=ItemModel)
+    recommend.__annotations__["request"] = request_model(settings)
+    api.post(
+        "/v1/recommend", response_model=RecommendResponse,
+        responses={400: described({400: "The body is not JSON."})[400], 200: {"content": {"text/event-stream": {}}}},
+    )(recommend)  # fmt: skip
+
+    @api.get("/v1/items/{item_id}", response_model=ItemResponse, responses=described({404: "No such item."}))
     async def item(item_id: str) -> Any:
         """An item of the catalogue."""
         return JSONResponse(await asked(lambda: direct.item.remote(item_id), missing=404))
@@ -200,12 +144,12 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
         """Items whose title holds all the words."""
         return JSONResponse(await asked(lambda: direct.search.remote(title, limit)))
 
-    @api.get("/v1/users")
-    async def users(beginning: Annotated[str, Query(max_length=256)] = "", limit: Limit = 10) -> list[Identifier]:
+    @api.get("/v1/users", response_model=list[Identifier])
+    async def users(beginning: Beginning = "", limit: Limit = 10) -> Any:
         """Users whose id begins like this."""
-        return await asked(lambda: direct.users.remote(beginning, limit))
+        return JSONResponse(await asked(lambda: direct.users.remote(beginning, limit)))
 
-    @api.get("/v1/users/{user_id}/history", response_model=list[ItemModel])
+    @api.get("/v1/users/{user_id}/history", response_model=list[ItemModel], responses=described({404: "No such user."}))
     async def history(user_id: str, limit: Limit = 20) -> Any:
         """The latest items of a user, the oldest first."""
         return JSONResponse(await asked(lambda: direct.history.remote(user_id, limit), missing=404))
@@ -215,31 +159,42 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
         """Whether this process answers."""
         return {"status": "ok"}
 
-    @api.get("/readyz")
-    async def readyz() -> dict[str, Versions]:
+    @api.get("/readyz", response_model=ReadyResponse)
+    async def readyz() -> Any:
         """Which versions answer; 503 while a mode has no replica."""
-        return {
-            "direct": await asked(lambda: direct.versions.remote()),
-            "reasoning": await asked(lambda: reasoning.versions.remote()),
-        }
+        both = await asyncio.gather(*(asked(lambda mode=mode: mode.versions.remote()) for mode in (direct, reasoning)))
+        return JSONResponse(dict(zip(("direct", "reasoning"), both, strict=True)))
+
+    @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """Metrics of this node's processes, for Prometheus."""
+        return Response(await asyncio.to_thread(node_metrics.node_metrics), media_type=node_metrics.MEDIA_TYPE)
 
     @api.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html")
 
+    @api.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(PAGE / "operations.html")
+
     api.mount("/page", StaticFiles(directory=PAGE))
-    return Guard(api, keys=keys, body_bytes=settings.body_kib * 1024, open_paths=OPEN_PATHS)
+    return Guard(
+        api, keys=keys, body_bytes=settings.body_kib * 1024, body_seconds=settings.body_seconds, open_paths=OPEN_PATHS
+    )
 
 
 def as_problem(error: Exception, settings: ServingSettings, missing: int) -> Problem:
     """What a request is told of an error of the replicas; others are raised as they are."""
     later = {"Retry-After": str(settings.retry_after_seconds)}
-    if isinstance(error, UnknownId):
-        return Problem(missing, str(error.args and f"there is no {error.args[0]} {error.args[1]!r}"))
-    if isinstance(error, BackPressureError):
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, UnknownId):
+        return Problem(missing, str(cause))
+    if isinstance(cause, BackPressureError):
         return Problem(429, "too many requests wait for this mode", headers=later)
-    if isinstance(error, DeploymentUnavailableError):
+    if isinstance(cause, DeploymentUnavailableError):
         return Problem(503, "no replica of this mode is there at the moment", headers=later)
-    if isinstance(error, TimeoutError):
-        return Problem(504, f"no answer within {settings.timeout_seconds:g} s; what was begun has been stopped")
+    if isinstance(cause, TimeoutError):
+        detail = f"no answer within {settings.timeout_seconds:g} s; what was begun has been stopped"
+        return Problem(503, detail, headers=later)
     raise error

@@ -1,10 +1,9 @@
 """The service as a Ray Serve application, and the command that runs it until it is stopped."""
 
-from __future__ import annotations
-
+# Annotations are evaluated here: Serve reads that of `application`.
 import os
+import queue
 import signal
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ray.serve.config import AutoscalingConfig, HTTPOptions
 
 from actors.recommender import DirectRecommender, ReasoningRecommender, ReplicaPlan
 from actors.rollout import environment
+from actors.served_run import planned_versions
 from cluster.pipeline import EVALUATED_STAGES
 from cluster.progress import console
 from cluster.section import Section
@@ -54,7 +54,8 @@ def application_of(settings: Settings) -> serve.Application:
         )
     api_keys(serving)  # known to be missing before anything starts; each replica reads them from its own environment
     plan = ReplicaPlan(
-        str(folder), str(checkpoint), serving.beam_width, serving.batch_users, serving.batch_wait_ms / 1000,
+        str(folder), str(checkpoint), planned_versions(folder, checkpoint), serving.beam_width, serving.batch_users,
+        serving.batch_wait_ms / 1000,
         settings.train.reasoning_budget, cluster.rollout_sequences, cluster.threads, cluster.dtype,
         cluster.kv_cache_mib,
     )  # fmt: skip
@@ -63,7 +64,7 @@ def application_of(settings: Settings) -> serve.Application:
     reasoning = deployed(
         ReasoningRecommender, serving, serving.reasoning, variables | environment(cluster.model_runner)
     ).bind(plan)
-    interface = serve.ingress()(RecommendationInterface)
+    interface: Any = serve.ingress()(RecommendationInterface)
     return deployed(interface, serving, serving.api, {}).bind(serving, direct, reasoning)
 
 
@@ -79,9 +80,7 @@ class RecommendationInterface:
         return build_api(*self.arguments)
 
 
-def deployed(
-    replica: Any, serving: ServingSettings, settings: ReplicaSettings, variables: dict[str, str]
-) -> serve.Deployment:
+def deployed(replica: Any, serving: ServingSettings, settings: ReplicaSettings, variables: dict[str, str]) -> Any:
     """A deployment of some class. New replicas are ready before old ones end what they work on and go."""
     number: dict[str, Any] = {"num_replicas": settings.minimum}
     if settings.maximum > settings.minimum:
@@ -91,11 +90,10 @@ def deployed(
                 target_ongoing_requests=max(1, settings.ongoing_requests / 2),
             )
         }  # fmt: skip
+    options: dict[str, Any] = {"num_cpus": settings.cpus, "num_gpus": settings.gpus}
     return serve.deployment(
         replica, max_ongoing_requests=settings.ongoing_requests, max_queued_requests=settings.queued_requests,
-        ray_actor_options={
-            "num_cpus": settings.cpus, "num_gpus": settings.gpus, "runtime_env": {"env_vars": variables}
-        },
+        ray_actor_options={**options, "runtime_env": {"env_vars": variables}},
         graceful_shutdown_timeout_s=serving.drain_seconds, graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2, health_check_timeout_s=30, max_surge_percent=100, **number,
     )  # fmt: skip
@@ -114,20 +112,32 @@ def api_keys(serving: ServingSettings) -> list[bytes]:
     return keys
 
 
-def serve_run(settings: Settings, *, wait: bool) -> None:
-    """Serve a run, or put it in the place of what the cluster serves; with `wait`, until Ctrl-C or SIGTERM."""
+def serve_run(run_folder: str, overrides: Sequence[str], *, wait: bool) -> None:
+    """Serve a run, or put it in the place of what the cluster serves.
+
+    With `wait` until Ctrl-C or SIGTERM; SIGHUP puts what the run folder holds by then in the place of what is served.
+    """
+    settings = served_settings(run_folder, overrides)
     serving, cluster = settings.serving, settings.cluster
-    application = application_of(settings)
+    deployment = application_of(settings)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    ray.init(address=address, log_to_driver=False, **({} if address else {"include_dashboard": False}))
+    local: Any = {} if address else {"include_dashboard": False}
+    ray.init(address=address, log_to_driver=False, **local)
     serve.start(http_options=HTTPOptions(host=serving.host, port=serving.port))
-    serve.run(application, name=APPLICATION, route_prefix="/")
+    received: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if wait else ():
+        signal.signal(number, lambda number, _frame: received.put(number))
+    serve.run(deployment, name=APPLICATION, route_prefix="/")
     console.print(f"serve: http://{serving.host}:{serving.port}", highlight=False)
-    if wait:
-        stopped = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopped.set())
-        stopped.wait()
-        console.print("serve: no new requests; those under way are finished")
-        serve.shutdown()
-        ray.shutdown()
+    if not wait:
+        return
+    while received.get() == signal.SIGHUP:
+        try:
+            serve.run(application_of(served_settings(run_folder, overrides)), name=APPLICATION, route_prefix="/")
+            console.print("serve: what the run folder holds is served now", highlight=False)
+        except (InputError, RuntimeError) as error:  # what was served before goes on
+            console.print(f"serve: not put in place: {error}", style="red", highlight=False, markup=False)
+    console.print("serve: no new requests; those under way are finished")
+    serve.delete(APPLICATION)
+    serve.shutdown()
+    ray.shutdown()

@@ -39,6 +39,7 @@ class ServingSettings(Section):
     maximum_history: int = Field(1000, ge=1, description="Items of the history that a request may name.")
     maximum_excluded: int = Field(10_000, ge=0, description="Items that a request may exclude.")
     body_kib: int = Field(256, ge=1, description="Size of a request's body at most, KiB.")
+    body_seconds: float = Field(10.0, gt=0, description="How long a request's body may take to arrive.")
     batch_users: int = Field(64, ge=1, description="Requests of one beam search at most.")
     batch_wait_ms: float = Field(2.0, ge=0, description="How long a beam search waits for more requests.")
     timeout_seconds: float = Field(30.0, gt=0, description="Deadline of a request; what it started is stopped then.")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from actors.chain_streams import ChainStreams
-from actors.rollout import prompt_seeds
 
 pytestmark = pytest.mark.engines
 
