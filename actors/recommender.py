@@ -138,6 +138,7 @@ class ReasoningRecommender:
         )  # fmt: skip
         self.streams = ChainStreams(self.engine)
         self.tokens = Counter("gream_serving_chain_tokens", description="Tokens of reasoning chains.")
+        self.writing = 0
         self.open_requests = Gauge("gream_serving_open_chains", description="Requests whose chains are being written.")
 
     async def versions(self) -> dict[str, str]:
@@ -166,9 +167,9 @@ class ReasoningRecommender:
             prompt, chains=query.chains, budget=self.plan.reasoning_budget, temperature=query.temperature,
             excluded=excluded.tolist(), seed=query.seed,
         )  # fmt: skip
+        self._count_writing(1)
         try:
             async for news in streaming:
-                self.open_requests.set(self.streams.open_requests)
                 self.tokens.inc(len(news.tokens))
                 written[news.chain] += news.tokens
                 if news.chain == 0:
@@ -177,6 +178,7 @@ class ReasoningRecommender:
                         yield {"text": text[len(shown) :]}
                         shown = text
         finally:
+            self._count_writing(-1)
             await streaming.aclose()
         ranked = await asyncio.gather(*(self.ranking.rank(([*prompt, *chain], excluded)) for chain in written))
         items_CK, scores_CK = (np.stack(part) for part in zip(*ranked, strict=True))
@@ -188,6 +190,10 @@ class ReasoningRecommender:
             "chains": [self._chain(tokens) for tokens in written],
             "versions": self.run.versions,
         }
+
+    def _count_writing(self, change: int) -> None:
+        self.writing += change
+        self.open_requests.set(self.writing)
 
     def _chain(self, tokens: list[int]) -> dict[str, Any]:
         """A chain in words, with titles in the place of semantic IDs, and its rewritten history."""

@@ -12,6 +12,7 @@ import ray
 from pydantic import Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.schema import LoggingConfig
 
 from actors.recommender import DirectRecommender, ReasoningRecommender, ReplicaPlan
 from actors.rollout import environment
@@ -95,7 +96,9 @@ def deployed(replica: Any, serving: ServingSettings, settings: ReplicaSettings, 
         replica, max_ongoing_requests=settings.ongoing_requests, max_queued_requests=settings.queued_requests,
         ray_actor_options={**options, "runtime_env": {"env_vars": variables}},
         graceful_shutdown_timeout_s=serving.drain_seconds, graceful_shutdown_wait_loop_s=0.5,
-        health_check_period_s=2, health_check_timeout_s=30, max_surge_percent=100, **number,
+        health_check_period_s=2, health_check_timeout_s=30, max_surge_percent=100,
+        logging_config=LoggingConfig(enable_access_log=False),  # the proxy's is enough
+        **number,
     )  # fmt: skip
 
 

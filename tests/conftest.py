@@ -51,3 +51,13 @@ def supervised(tmp_path_factory, ray_cluster):
     from train_runs import make_supervised
 
     return make_supervised(tmp_path_factory.mktemp("supervised"))
+
+
+@pytest.fixture(scope="session")
+def service(supervised):
+    """`gream serve` of the supervised run; see `served.py`. Tests that break or replace it start their own."""
+    from served import Service
+
+    service = Service(supervised[0])
+    yield service
+    service.stop()

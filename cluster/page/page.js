@@ -15,7 +15,6 @@ async function ask(path, options = {}) {
   if (response.ok) return response;
   let problem = { title: response.statusText, detail: "" };
   try { problem = await response.json(); } catch { /* no problem details: the status has to do */ }
-  if (response.status === 401) at("key-field").hidden = false;
   throw new Error(problem.detail || problem.title || `status ${response.status}`);
 }
 
@@ -129,7 +128,7 @@ function showItems(answer) {
   if (answer.chains?.length) {
     showSteps(answer.chains[0].think);
     const kept = answer.chains[0].rewritten_history.map((item) => item.title).join(", ");
-    at("rewritten").textContent = `Kept of the history: ${kept || "nothing"}`;
+    at("rewritten").textContent = `Rewritten history: ${kept || "nothing"}`;
     at("rewritten").hidden = false;
   }
   showChosen();
@@ -248,4 +247,6 @@ at("title").addEventListener("keydown", (event) => {
     if (state.marked >= 0) take(state.marked);
   } else if (event.key === "Escape") closeFound();
 });
-findUsers();
+at("key").addEventListener("change", findUsers);
+at("key-field").hidden = !(await (await ask("/openapi.json")).json()).components?.securitySchemes;
+if (at("key-field").hidden) findUsers();

@@ -1,118 +1,92 @@
-"""The service over real HTTP, on a small run whose supervised checkpoint it serves."""
+"""The service over real HTTP: answers in both modes, what it says of bad requests, keys and metrics."""
 
 import json
-import os
-import signal
+import shutil
 import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
+import pyarrow.parquet as pq
 import pytest
-from train_runs import ROOT, command_of
+from served import events
 
-from actors.ranking import RankingWorker
+from cluster.pipeline import run_stages
+from cluster.settings import load_settings
 from curriculum.corpus import load_corpus
-from item_index.ragged import RaggedArray
 
-pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
-KEY = {"Authorization": "Bearer second"}
-
-
-class Service:
-    def __init__(self, run, *overrides):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        self.process = subprocess.Popen(
-            [
-                Path(sys.executable).with_name("gream"), "serve", "--run", str(run), "serving.checkpoint=sft",
-                f"serving.port={self.port}", "serving.key_variable=TEST_KEYS", "serving.body_kib=16", *overrides,
-            ],
-            cwd=ROOT, start_new_session=True, env={**environment, "TEST_KEYS": "first, second"},
-        )  # fmt: skip
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=KEY, timeout=60)
-        deadline = time.monotonic() + 240
-        while not self.is_ready():
-            assert self.process.poll() is None, "the service has ended"
-            assert time.monotonic() < deadline, "the service is not ready"
-            time.sleep(0.5)
-
-    def is_ready(self):
-        try:
-            return self.client.get("/readyz").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def recommend(self, **body):
-        return self.client.post("/v1/recommend", json=body)
-
-    def replicas(self, name):
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if f"ServeReplica:gream:{name}" in command_of(child)]
-
-    def stop(self):
-        os.kill(self.process.pid, signal.SIGTERM)
-        assert self.process.wait(timeout=120) == 0
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def run(supervised):
-    return supervised[0]
-
-
-@pytest.fixture(scope="module")
-def service(run):
-    service = Service(run)
-    yield service
-    service.stop()
-
-
-@pytest.fixture(scope="module")
-def corpus(run):
+def corpus(supervised):
+    run, _ = supervised
     return load_corpus(run / "corpus", run / "index")
 
 
-def test_direct_answers_are_those_of_the_evaluation(service, run, corpus):
-    worker = RankingWorker(str(run / "sft" / "checkpoint"), str(run / "index"), threads=1)
-    histories = [corpus.sequences.sequence(user)[:-1] for user in range(len(corpus.sequences))]
-    prompts = RaggedArray.of([corpus.builder.prompt(history, "direct") for history in histories], np.int32)
-    items, scores = worker.rank(prompts, RaggedArray.of(histories, np.int32), mode="direct", width=50)
-    ids = corpus.catalogue.item_ids
-    for user, history in enumerate(histories):
-        answer = service.recommend(history=[ids[row] for row in history], k=10).json()
-        wanted = [ids[row] for row in items[user] if row >= 0][:10]
-        np.testing.assert_allclose([item["score"] for item in answer["items"]], scores[user][: len(wanted)], atol=1e-4)
-        if (np.diff(scores[user][: len(wanted) + 1]) < -1e-4).all():
-            assert [item["item_id"] for item in answer["items"]] == wanted
+def test_direct_answers_are_those_of_the_evaluation(service, supervised, corpus, tmp_path):
+    run, overrides = supervised
+    shutil.copytree(run, tmp_path / "run")
+    changes = [f"run_folder={tmp_path / 'run'}", "evaluation.checkpoints=[sft]", "evaluation.modes=[direct]"]
+    run_stages(load_settings(None, [*overrides, *changes]), ["evaluate"])
+    table = pq.read_table(tmp_path / "run" / "evaluation" / "rankings.parquet")
+    rankings = [row for row in table.to_pylist() if row["system"] == "direct_sft"]
+    assert len(rankings) == len(corpus.sequences)
+    ids, places = corpus.catalogue.item_ids, {user: place for place, user in enumerate(corpus.sequences.user_ids)}
+    for row in rankings:
+        history = corpus.sequences.sequence(places[row["user_id"]])[:-1]
+        answer = service.recommend(history=[ids[item] for item in history], k=50).json()["items"]
+        gaps = np.diff([item["score"] for item in answer])
+        assert (gaps <= 0).all()
+        assert len(answer) == len(row["items"])
+        for place, (item, expected) in enumerate(zip(answer, row["items"], strict=True)):
+            close = -gaps[max(0, place - 1) : place + 1] <= 1e-4
+            assert item["item_id"] == expected or close.any() or place == len(answer) - 1
 
 
 def test_reasoning_streams_the_chain_that_its_result_names(service, corpus):
     body = {"user_id": 3, "mode": "reasoning", "chains": 2, "k": 5, "seed": 1, "exclude": ["item-1"]}
-    events = []
-    with service.client.stream("POST", "/v1/recommend", json={**body, "stream": True}) as response:
+    with service.stream(**body) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        for line in response.iter_lines():
-            if line.startswith("event: "):
-                events.append([line.removeprefix("event: ")])
-            elif line.startswith("data: "):
-                events[-1].append(json.loads(line.removeprefix("data: ")))
-    assert [name for name, _ in events] == ["chain"] * (len(events) - 1) + ["result"]
-    assert len(events) > 5
-    result = events[-1][1]
+        streamed = list(events(response.iter_lines()))
+    assert [name for name, _ in streamed] == ["chain"] * (len(streamed) - 1) + ["result"]
+    assert len(streamed) > 5
+    result = streamed[-1][1]
     whole = service.recommend(**body).json()
-    assert result == whole
-    seen = {*corpus.sequences.sequence(corpus.sequences.places[3]).tolist()}
+    assert [item["item_id"] for item in whole["items"]] == [item["item_id"] for item in result["items"]]
+    assert whole["chains"] == result["chains"]
+    seen = set(corpus.sequences.sequence(corpus.sequences.user_ids.index(3)).tolist())
     rows = [corpus.catalogue.item_ids.index(item["item_id"]) for item in result["items"]]
     assert len(rows) == 5
     assert not {*rows} & ({1} | seen)
     assert len(result["chains"]) == 2
     assert result["versions"]["index"] == corpus.index.version
+    text = "".join(data["text"] for name, data in streamed if name == "chain")
+    assert text.replace(" ", "").startswith(result["chains"][0]["think"].replace(" ", "")[:20])
+
+
+def test_a_list_ends_where_no_item_is_left(service, corpus):
+    ids = list(corpus.catalogue.item_ids)
+    for mode in ("direct", "reasoning"):
+        answer = service.recommend(history=ids[:2], exclude=ids[2:-2], mode=mode, k=10, chains=1).json()
+        assert {item["item_id"] for item in answer["items"]} == set(ids[-2:])
+        assert service.recommend(history=ids[:1], exclude=ids[1:], mode=mode).json()["items"] == []
+    unseen = service.recommend(history=ids[:2], exclude=ids[2:-2], exclude_history=False, k=10).json()["items"]
+    assert {item["item_id"] for item in unseen} == {*ids[:2], *ids[-2:]}
+
+
+def test_items_and_users_are_found(service, corpus):
+    item = service.client.get("/v1/items/item-1").json()
+    assert item["title"] == "Tale number 1"
+    assert item["versions"]["index"] == corpus.index.version
+    codes = corpus.index.codes_IL[1, : corpus.index.lengths_I[1]]
+    assert item["path"] == [corpus.index.token(level, int(code)) for level, code in enumerate(codes)]
+    found = service.client.get("/v1/items", params={"title": "NUMBER tale", "limit": 3}).json()
+    assert len(found) == 3
+    assert all(one["title"].startswith("Tale number") for one in found)
+    assert service.client.get("/v1/users", params={"beginning": "1", "limit": 2}).json()[0] == 1
+    history = service.client.get("/v1/users/1/history", params={"limit": 2}).json()
+    latest = corpus.sequences.sequence(corpus.sequences.user_ids.index(1))[-2:]
+    assert [one["item_id"] for one in history] == [corpus.catalogue.item_ids[row] for row in latest]
 
 
 @pytest.mark.parametrize(
@@ -120,40 +94,104 @@ def test_reasoning_streams_the_chain_that_its_result_names(service, corpus):
     [
         ({"history": ["item-1", "nothing"]}, 422, "no item 'nothing'"),
         ({"user_id": "nobody"}, 422, "no user 'nobody'"),
+        ({"user_id": "nobody", "mode": "reasoning", "stream": True}, 422, "no user 'nobody'"),
+        ({"user_id": 1, "exclude": ["nothing"]}, 422, "no item 'nothing'"),
         ({}, 422, "either history or user_id"),
         ({"user_id": 1, "history": []}, 422, "either history or user_id"),
         ({"user_id": 1, "k": 0}, 422, "/k"),
+        ({"user_id": 1, "k": "3"}, 422, "/k"),
+        ({"user_id": 1, "temperature": 0}, 422, "/temperature"),
         ({"user_id": 1, "mood": "good"}, 422, "/mood"),
+        ({"user_id": True}, 422, "/user_id"),
         ({"history": ["item-1"] * 5000}, 413, "bytes"),
     ],
 )
 def test_what_cannot_be_answered_is_explained(service, body, status, words):
-    response = service.recommend(**body)
-    assert response.status_code == status
+    response = service.recommend(**body, **({"mode": "direct"} if "mode" not in body else {}))
+    assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     problem = response.json()
     assert problem["status"] == status
     assert words in problem["detail"]
 
 
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [(b"{", 400), (b"[" * 10_000, 400), (b"\xff", 400), (b"", 422), (b'{"\\ud800": 1}', 422), (b"[1]", 422)],
+)
+def test_what_is_no_request_is_refused(service, content, status):
+    response = service.client.post("/v1/recommend", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == status
+    assert response.json()["status"] == status
+
+
+def test_a_body_of_unknown_length_is_limited(service):
+    def parts():
+        for _ in range(40):
+            yield b"[" * 1024
+
+    assert service.client.post("/v1/recommend", content=parts()).status_code == 413
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(service):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as slow:
+        head = "POST /v1/recommend HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer first\r\nContent-Length: 100\r\n\r\n{"
+        slow.sendall(head.encode())
+        assert slow.recv(65536).startswith(b"HTTP/1.1 408")
+    assert service.recommend(user_id=1).status_code == 200
+
+
 def test_keys_are_wanted_but_where_a_browser_begins(service):
     for headers in ({"Authorization": ""}, {"Authorization": "Bearer third"}, {"Authorization": "Basic second"}):
-        assert service.client.get("/v1/items/item-1", headers=headers).status_code == 401
-        assert service.client.get("/", headers=headers).status_code == 200
-        assert service.client.get("/healthz", headers=headers).status_code == 200
-    assert service.client.post("/v1/recommend", content=b"{").status_code == 400
-    assert service.client.get("/v1/items/item-1").json()["title"] == "Tale number 1"
+        for path in ("/v1/items/item-1", "/v1/users", "/metrics", "/pages", "/page"):
+            refused = service.client.get(path, headers=headers)
+            assert refused.status_code == 401
+            assert refused.headers["www-authenticate"] == "Bearer"
+        for path in ("/", "/page/page.js", "/docs", "/openapi.json", "/healthz", "/readyz"):
+            assert service.client.get(path, headers=headers).status_code == 200
+    for key in ("first", "second"):
+        assert service.client.get("/v1/items/item-1", headers={"Authorization": f"Bearer {key}"}).status_code == 200
     assert service.client.get("/v1/items/item-99").status_code == 404
+    assert service.client.delete("/v1/recommend").status_code == 405
 
 
-@pytest.mark.parametrize(("name", "mode"), [("DirectRecommender", "direct"), ("ReasoningRecommender", "reasoning")])
-def test_a_killed_replica_costs_no_answer(service, name, mode):
-    (replica,) = service.replicas(name)
-    before = service.recommend(user_id=1, mode=mode, seed=3).json()
-    os.kill(replica.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 120
-    while (response := service.recommend(user_id=1, mode=mode, seed=3)).status_code != 200:
-        assert response.status_code in (503, 504)
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    assert response.json() == before
+def test_browsers_are_told_to_load_nothing_from_elsewhere(service):
+    for path in ("/", "/docs", "/v1/items/item-99"):
+        headers = service.client.get(path).headers
+        assert headers["content-security-policy"].startswith("default-src 'self'")
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_metrics_count_answers_tokens_and_batches(service):
+    service.recommend(user_id=1)
+    service.recommend(user_id=1, mode="reasoning", chains=1)
+    for name, tags in (
+        ("requests_total", {"mode": "direct", "status": "200"}), ("requests_total", {"mode": "reasoning"}),
+        ("latency_ms_count", {"mode": "direct"}), ("batch_users_count", {"mode": "direct"}),
+        ("items_total", {"mode": "direct", "given": "yes"}), ("chain_tokens_total", {}),
+    ):  # fmt: skip
+        service.wait_for(lambda name=name, tags=tags: service.metric(name, **tags) > 0)
+    assert "ray_serve_deployment_queued_queries" in service.client.get("/metrics").text
+
+
+def test_a_client_that_leaves_is_counted_and_its_chains_are_stopped(service):
+    gone = service.metric("requests_total", mode="reasoning", status="499")
+    for _ in range(3):
+        with service.stream(user_id=2, mode="reasoning", chains=16) as response:
+            assert next(events(response.iter_lines()))[0] == "chain"
+    with pytest.raises(httpx.ReadTimeout):
+        service.client.post(
+            "/v1/recommend", json={"user_id": 2, "mode": "reasoning", "chains": 16}, timeout=httpx.Timeout(60, read=0.2)
+        )
+    service.wait_for(lambda: service.metric("requests_total", mode="reasoning", status="499") == gone + 4)
+    service.wait_for(lambda: service.metric("open_chains") == 0)
+
+
+def test_the_openapi_document_names_the_limits(service):
+    document = service.client.get("/openapi.json").json()
+    request = document["components"]["schemas"]["RecommendRequest"]["properties"]
+    assert (request["k"]["minimum"], request["k"]["maximum"]) == (1, 50)
+    answers = document["paths"]["/v1/recommend"]["post"]["responses"]
+    assert {"200", "400", "401", "408", "413", "422", "429", "503"} <= set(answers)
+    assert set(answers["429"]["content"]) == {"application/problem+json"}
+    assert json.dumps(document["components"]["securitySchemes"])

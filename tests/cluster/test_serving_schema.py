@@ -1,0 +1,34 @@
+"""Requests that schemathesis makes from the OpenAPI document, fitting ones and others: none brings the service down."""
+
+import hypothesis
+import pytest
+from served import KEY
+
+schemathesis = pytest.importorskip("schemathesis")
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
+EXAMPLES = 25  # of each operation, fitting and not; `python -m benchmarks.serving_faults` sends 2,000
+
+
+@pytest.mark.parametrize("fitting", [True, False])
+def test_no_request_makes_the_service_fail(service, fitting):
+    schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json", headers=KEY)
+    kind = schemathesis.GenerationMode.POSITIVE if fitting else schemathesis.GenerationMode.NEGATIVE
+    asked = 0
+    for operation in (found.ok() for found in schema.get_all_operations()):
+        if not fitting and operation.path in ("/healthz", "/readyz", "/metrics"):
+            continue  # there is nothing that could not fit
+
+        @hypothesis.settings(
+            max_examples=EXAMPLES, deadline=None, derandomize=True,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )  # fmt: skip
+        @hypothesis.given(case=operation.as_strategy(generation_mode=kind))
+        def ask(case):
+            nonlocal asked
+            asked += 1
+            response = case.call(headers=KEY, timeout=120)
+            assert response.status_code < 500 or response.status_code == 503, response.text
+            case.validate_response(response, headers=KEY)
+
+        ask()
+    assert asked > 100

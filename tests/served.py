@@ -1,0 +1,89 @@
+"""`gream serve` in a process of its own, asked over real HTTP."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+from train_runs import ROOT, command_of
+
+KEY = {"Authorization": "Bearer second"}
+PATIENCE = 400
+
+
+class Service:
+    """The supervised checkpoint of a small run, behind two keys, `first` and `second`."""
+
+    def __init__(self, run, *overrides):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            [
+                Path(sys.executable).with_name("gream"), "serve", "--run", str(run), "serving.checkpoint=sft",
+                f"serving.port={self.port}", "serving.key_variable=TEST_KEYS", "serving.body_kib=16",
+                "serving.body_seconds=2", "serving.timeout_seconds=120", *overrides,
+            ],
+            cwd=ROOT, start_new_session=True, env={**environment, "TEST_KEYS": "first, second"},
+        )  # fmt: skip
+        self.client = httpx.Client(base_url=self.url, headers=KEY, timeout=PATIENCE)
+        self.wait_for(self.is_ready)
+
+    def wait_for(self, condition):
+        """Wait until it holds; the service must not end meanwhile. Returns what the condition gave."""
+        deadline = time.monotonic() + PATIENCE
+        while not (met := condition()):
+            assert self.process.poll() is None, "the service has ended"
+            assert time.monotonic() < deadline, "waited too long"
+            time.sleep(0.5)
+        return met
+
+    def is_ready(self):
+        try:
+            return self.client.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def recommend(self, **body):
+        return self.client.post("/v1/recommend", json=body)
+
+    def stream(self, **body):
+        """An open response with the events of a request."""
+        return self.client.stream("POST", "/v1/recommend", json={**body, "stream": True})
+
+    def replicas(self, name):
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if f"ServeReplica:gream:{name}" in command_of(child)]
+
+    def metric(self, name, **tags):
+        """Sum of the service's metric over its processes, of the series with these tags."""
+        lines = self.client.get("/metrics").text.splitlines()
+        wanted = [f'{tag}="{value}"' for tag, value in tags.items()]
+        values = [
+            float(line.split()[-1])
+            for line in lines
+            if line.startswith(f"ray_gream_serving_{name}{{") and all(tag in line for tag in wanted)
+        ]
+        return sum(values)
+
+    def stop(self):
+        os.kill(self.process.pid, signal.SIGTERM)
+        assert self.process.wait(timeout=PATIENCE) == 0
+
+
+def events(lines):
+    """(name, data) of server-sent events as they come."""
+    name = None
+    for line in lines:
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
