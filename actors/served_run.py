@@ -167,15 +167,20 @@ class ServedRun:
 
 
 def planned_versions(run_folder: Path, checkpoint_folder: Path) -> dict[str, str]:
-    """What a run folder has now, by name."""
+    """What a run folder has now, by name. Raises InputError where index or weights are missing."""
     index = SemanticIdIndex.load(run_folder / "index").version
     return {"checkpoint": checkpoint_version(checkpoint_folder), "index": index}
 
 
 def checkpoint_version(folder: Path) -> str:
-    """Name of the stage that wrote a checkpoint, and a hash of its weights."""
+    """Name of the stage that wrote a checkpoint, and a hash of its weights. Raises InputError where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(
+            "there are no weights", file=folder, remedy="Run its stage, or name another by serving.checkpoint."
+        )
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return f"{folder.parent.name}-{digest.hexdigest()[:12]}"

@@ -4,9 +4,11 @@ at times that a Poisson process gives whatever the answers do."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -14,11 +16,20 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Answers:
-    """What came back: seconds of the answered requests, how many were refused (429, 503) or failed, the wall time."""
+    """What came back.
+
+    Attributes:
+        seconds_N: of the answered requests.
+        refused: answers 429 and 503.
+        failed: other answers, and requests that got none.
+        invalid: places in answered lists that hold no item, or one that stands further up.
+        wall: seconds that all took.
+    """
 
     seconds_N: np.ndarray
     refused: int
     failed: int
+    invalid: int
     wall: float
 
     @property
@@ -33,11 +44,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class Request:
-    """A POST with a JSON body; `check` raises where the answer is not what it should be."""
+    """A POST with a JSON body; `invalid` counts the places of its answer that hold no item."""
 
     url: str
-    body: dict
-    check: Callable[[dict], None]
+    body: dict[str, Any]
+    invalid: Callable[[dict[str, Any]], int]
 
 
 async def _one(session: aiohttp.ClientSession, request: Request, seconds: list[float], counts: dict[str, int]) -> None:
@@ -55,33 +66,40 @@ async def _one(session: aiohttp.ClientSession, request: Request, seconds: list[f
         counts["failed"] += 1
         return
     seconds.append(time.perf_counter() - started)
-    request.check(answer)
+    counts["invalid"] += request.invalid(answer)
 
 
 async def _run(work: Callable[[aiohttp.ClientSession, list[float], dict[str, int]], Awaitable[None]]) -> Answers:
     seconds: list[float] = []
-    counts = {"refused": 0, "failed": 0}
+    counts = {"refused": 0, "failed": 0, "invalid": 0}
     started = time.perf_counter()
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         await work(session, seconds, counts)
-    return Answers(np.array(seconds), counts["refused"], counts["failed"], time.perf_counter() - started)
+    return Answers(np.array(seconds), **counts, wall=time.perf_counter() - started)
 
 
-def closed_loop(requests: Sequence[Request], *, clients: int, seconds: float) -> Answers:
-    """`clients` of them ask one after the other, going round through the requests, for so long."""
+def closed_loop(groups: Sequence[tuple[Sequence[Request], int]], *, seconds: float) -> list[Answers]:
+    """Of each group so many clients ask one after the other, going round through its requests, all at the same time
+    and for so long. Gives the answers of each group."""
 
-    async def work(session: aiohttp.ClientSession, taken: list[float], counts: dict[str, int]) -> None:
-        end = time.perf_counter() + seconds
-        turn = iter(range(10**9))
+    async def group_of(requests: Sequence[Request], clients: int) -> Answers:
+        async def work(session: aiohttp.ClientSession, taken: list[float], counts: dict[str, int]) -> None:
+            end = time.perf_counter() + seconds
+            turn = itertools.count()
 
-        async def client() -> None:
-            while time.perf_counter() < end:
-                await _one(session, requests[next(turn) % len(requests)], taken, counts)
+            async def client() -> None:
+                while time.perf_counter() < end:
+                    await _one(session, requests[next(turn) % len(requests)], taken, counts)
 
-        await asyncio.gather(*(client() for _ in range(clients)))
+            await asyncio.gather(*(client() for _ in range(clients)))
 
-    return asyncio.run(_run(work))
+        return await _run(work)
+
+    async def together() -> list[Answers]:
+        return await asyncio.gather(*(group_of(requests, clients) for requests, clients in groups))
+
+    return asyncio.run(together())
 
 
 def open_loop(requests: Sequence[Request], *, rate: float, seconds: float, seed: int) -> Answers:

@@ -49,10 +49,6 @@ def application_of(settings: Settings) -> serve.Application:
     serving, cluster = settings.serving, settings.cluster
     folder = settings.folder.resolve()
     checkpoint = folder / EVALUATED_STAGES[serving.checkpoint] / "checkpoint"
-    if not checkpoint.is_dir():
-        raise InputError(
-            "there is no checkpoint", file=checkpoint, remedy="Run its stage, or name another by serving.checkpoint."
-        )
     api_keys(serving)  # known to be missing before anything starts; each replica reads them from its own environment
     plan = ReplicaPlan(
         str(folder), str(checkpoint), planned_versions(folder, checkpoint), serving.beam_width, serving.batch_users,

@@ -5,6 +5,7 @@ import pytest
 from served import KEY
 
 schemathesis = pytest.importorskip("schemathesis")
+positive_data_acceptance = pytest.importorskip("schemathesis.specs.openapi.checks").positive_data_acceptance
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 EXAMPLES = 25  # of each operation, fitting and not; `python -m benchmarks.serving_faults` sends 2,000
 
@@ -28,7 +29,8 @@ def test_no_request_makes_the_service_fail(service, fitting):
             asked += 1
             response = case.call(headers=KEY, timeout=120)
             assert response.status_code < 500 or response.status_code == 503, response.text
-            case.validate_response(response, headers=KEY)
+            # The document does not know which ids there are, nor that a history or a user is wanted.
+            case.validate_response(response, headers=KEY, excluded_checks=[positive_data_acceptance])
 
         ask()
     assert asked > 100
