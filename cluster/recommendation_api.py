@@ -67,11 +67,10 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
                     return await response
             except RayActorError:
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
-            except asyncio.CancelledError:  # the client has gone
+            except (TimeoutError, asyncio.CancelledError) as error:  # or the client has gone
                 response.cancel()
-                raise
+                raise as_problem(error, settings, missing) from error
             except Exception as error:
-                response.cancel()
                 raise as_problem(error, settings, missing) from error
 
     async def chains_and_result(query: served_run.Query) -> AsyncIterator[tuple[str, Any]]:
@@ -89,10 +88,11 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
             except RayActorError:
                 yield "restart", {}
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
+            except (TimeoutError, asyncio.CancelledError, GeneratorExit) as error:  # or the client has gone
+                answers.cancel()
+                raise as_problem(error, settings, 422) from error
             except Exception as error:
                 raise as_problem(error, settings, 422) from error
-            finally:
-                answers.cancel()  # stops what is still being written, and does nothing after the end
 
     async def events_of(query: served_run.Query) -> AsyncIterator[tuple[str, Any]]:
         """The events of a request, counted when it has ended, also by the client's leaving."""
@@ -184,7 +184,7 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
     )
 
 
-def as_problem(error: Exception, settings: ServingSettings, missing: int) -> Problem:
+def as_problem(error: BaseException, settings: ServingSettings, missing: int) -> Problem:
     """What a request is told of an error of the replicas; others are raised as they are."""
     later = {"Retry-After": str(settings.retry_after_seconds)}
     cause = error.cause if isinstance(error, RayTaskError) else error

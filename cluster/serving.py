@@ -80,7 +80,7 @@ class RecommendationInterface:
 def deployed(replica: Any, serving: ServingSettings, settings: ReplicaSettings, variables: dict[str, str]) -> Any:
     """A deployment of some class. New replicas are ready before old ones end what they work on and go."""
     number: dict[str, Any] = {"num_replicas": settings.minimum}
-    if settings.maximum > settings.minimum:
+    if settings.maximum is not None:
         number = {
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=settings.minimum, max_replicas=settings.maximum,

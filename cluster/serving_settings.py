@@ -11,7 +11,7 @@ from cluster.section import Section
 
 class ReplicaSettings(Section):
     minimum: int = Field(1, ge=1, description="Replicas that are always there.")
-    maximum: int = Field(1, ge=1, description="Replicas that load may bring.")
+    maximum: int | None = Field(None, ge=1, description="Replicas that load may bring; null keeps to the minimum.")
     cpus: float = Field(0, ge=0, description="CPUs that Ray sets aside for each.")
     gpus: float = Field(0, ge=0, description="GPUs of each.")
     ongoing_requests: int = Field(128, ge=1, description="Requests that a replica works on at once.")
@@ -19,7 +19,7 @@ class ReplicaSettings(Section):
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> ReplicaSettings:
-        if self.maximum < self.minimum:
+        if self.maximum is not None and self.maximum < self.minimum:
             raise ValueError(f"maximum must be at least minimum, {self.minimum}")
         return self
 
