@@ -21,6 +21,7 @@ from typing import Any
 
 from actors.rollout import CPU_BLOCK_TOKENS, ENVIRONMENT
 from benchmarks.load import Request
+from cluster.pipeline import EVALUATED_STAGES
 from cluster.prompts import PromptSource
 from curriculum.corpus import Corpus
 
@@ -82,12 +83,8 @@ def ours(case: Case, corpus: Corpus, port: int, _folder: Path) -> Server:
             for rows in histories
         ]
 
-    stages = {"sft": "sft", "train": "srpo", "sft_continued": "sft_continued"}
-    command = [
-        str(Path(sys.executable).with_name("gream")), "serve", "--run", str(case.run), f"serving.port={port}",
-        f"serving.checkpoint={stages[case.checkpoint.parent.name]}", f"serving.beam_width={case.k}",
-        f"serving.batch_users={case.batch}", f"cluster.threads={case.threads}",
-    ]  # fmt: skip
+    overrides = [f"serving.beam_width={case.k}", f"serving.batch_users={case.batch}"]
+    command = serve_command(case.run, case.checkpoint.parent.name, port, case.threads, overrides)
     chains = requests(mode="reasoning", chains=case.chains)
     return Server(command, f"http://127.0.0.1:{port}/readyz", requests(), chains)
 
@@ -153,19 +150,9 @@ def write_plain_tokens(checkpoint: Path, folder: Path) -> None:
 @contextmanager
 def running(server: Server, threads: int, log: Path) -> Iterator[None]:
     """The subject's processes, from when it is ready; raises RuntimeError where it does not get ready."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            server.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-        )
+    process = started(server.command, threads, log)
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(server.ready):
-            if process.poll() is not None or time.monotonic() > deadline:
-                last = log.read_text(errors="replace").strip().splitlines()[-3:]
-                raise RuntimeError(f"the server did not get ready: {' / '.join(last)}")
-            time.sleep(0.5)
+        wait_until_ready(process, server.ready, log, START_SECONDS)
         yield
     finally:
         if process.poll() is None:
@@ -175,6 +162,42 @@ def running(server: Server, threads: int, log: Path) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def gream_serve(
+    run: Path, stage: str, port: int, threads: int, overrides: Sequence[str], log: Path
+) -> subprocess.Popen[bytes]:
+    """`gream serve` of the checkpoint of a stage, as a process of its own."""
+    return started(serve_command(run, stage, port, threads, overrides), threads, log)
+
+
+def serve_command(run: Path, stage: str, port: int, threads: int, overrides: Sequence[str]) -> list[str]:
+    """Its command line."""
+    (checkpoint,) = [name for name, folder in EVALUATED_STAGES.items() if folder == stage]
+    return [
+        str(Path(sys.executable).with_name("gream")), "serve", "--run", str(run), f"serving.port={port}",
+        f"serving.checkpoint={checkpoint}", f"cluster.threads={threads}", *overrides,
+    ]  # fmt: skip
+
+
+def started(command: list[str], threads: int, log: Path) -> subprocess.Popen[bytes]:
+    """A process in a group of its own, that writes to a log."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:
+    """Raises RuntimeError, with the log's last lines, where the address does not answer in time."""
+    deadline = time.monotonic() + seconds
+    while not _answers(url):
+        if process.poll() is not None or time.monotonic() > deadline:
+            last = log.read_text(errors="replace").strip().splitlines()[-3:]
+            raise RuntimeError(f"the server did not get ready: {' / '.join(last)}")
+        time.sleep(0.5)
 
 
 def free_port() -> int:
