@@ -7,7 +7,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ class ChainStreams:
 
     async def sample(
         self, prompt: list[int], *, chains: int, budget: int, temperature: float, excluded: list[int], seed: int | None
-    ) -> AsyncIterator[ChainTokens]:
+    ) -> AsyncGenerator[ChainTokens]:
         """Tokens of all chains as they come. `excluded` are item rows, `budget` tokens as for a whole response.
 
         Raises ValueError for a request that the constraint refuses, and RuntimeError when the engine has failed.
@@ -134,7 +134,8 @@ class ChainStreams:
             hand_over = self._listeners.get(output.request_id)
             if hand_over is None:
                 continue
-            for chain in output.outputs:
+            chains: Any = output.outputs
+            for chain in chains:
                 ended = chain.finish_reason is not None
                 hand_over(ChainTokens(chain.index, tuple(chain.token_ids), ended))
             if output.finished:

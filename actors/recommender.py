@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ray import serve
@@ -21,7 +21,7 @@ from item_index.constraint import Mode
 from item_index.ragged import RaggedArray
 from rewards.chains import semantic_ids_in
 
-MILLISECONDS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+MILLISECONDS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ReplicaPlan:
     reasoning_budget: int
     sequences: int
     threads: int
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     kv_cache_mib: int
 
 
@@ -66,8 +66,9 @@ class BatchedRanking:
             "gream_serving_items", description="Items asked for, by whether there were so many.",
             tag_keys=("mode", "given"),
         )  # fmt: skip
-        self.rank.set_max_batch_size(plan.batch_users)
-        self.rank.set_batch_wait_timeout_s(plan.batch_wait_seconds)
+        batched: Any = self.rank
+        batched.set_max_batch_size(plan.batch_users)
+        batched.set_batch_wait_timeout_s(plan.batch_wait_seconds)
 
     @serve.batch
     async def rank(self, opened: list[tuple[Sequence[int], np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -2,12 +2,12 @@
 
     python -m benchmarks.serving_faults runs/ml-100k --minutes 10
 
-Beside clients that ask both modes go others: some send what schemathesis makes of the OpenAPI document, or bodies that
-are malformed, too large or too slow, or wrong keys, and some leave while their stream is written. In the first third a
-replica of each mode is killed (kill -9) and the checkpoint is swapped, twice. An answer is *wrong* where it holds what is
-no item or an item twice, and a direct one where more than one item differs from the first list of its version for the same
-user: the last place may turn on rounding. Memory is compared between half time and the end. The exit status is 1 where a
-well-formed request failed or got a wrong answer.
+Beside clients that ask both modes go others: some send what schemathesis makes of the OpenAPI document, or bodies
+that are malformed, too large or too slow, or wrong keys, and some leave while their stream is written. In the first
+third a replica of each mode is killed (kill -9) and the checkpoint is swapped, twice. An answer is *wrong* where it
+holds what is no item or an item twice, and a direct one where more than one item differs from the first list of its
+version for the same user: the last place may turn on rounding. Memory is compared between half time and the end.
+The exit status is 1 where a well-formed request failed or got a wrong answer.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class Clients:
         import schemathesis
 
         schema = schemathesis.openapi.from_url(f"{self.url}/openapi.json", headers=KEY)
-        operations = [found.ok() for found in schema.get_all_operations()]
+        found: Any = schema.get_all_operations()
+        operations = [one.ok() for one in found]
         each = -(-cases // (2 * len(operations)))
         settings = hypothesis.settings(
             max_examples=each, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)

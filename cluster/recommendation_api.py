@@ -162,7 +162,7 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
     @api.get("/readyz", response_model=ReadyResponse)
     async def readyz() -> Any:
         """Which versions answer; 503 while a mode has no replica."""
-        both = await asyncio.gather(*(asked(lambda mode=mode: mode.versions.remote()) for mode in (direct, reasoning)))
+        both = await asyncio.gather(asked(lambda: direct.versions.remote()), asked(lambda: reasoning.versions.remote()))
         return JSONResponse(dict(zip(("direct", "reasoning"), both, strict=True)))
 
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
