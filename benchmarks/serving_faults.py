@@ -12,6 +12,7 @@ The exit status is 1 where a well-formed request failed or got a wrong answer.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -241,10 +242,11 @@ def serve_processes(pid: int) -> dict[int, str]:
 
 def memory_of(pid: int) -> dict[str, float]:
     """MiB of each process by name and id, without what it shares."""
-    return {
-        f"{name} {child}": psutil.Process(child).memory_full_info().uss / 2**20
-        for child, name in serve_processes(pid).items()
-    }
+    memory = {}
+    for child, name in serve_processes(pid).items():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a replica of the version before, that has ended meanwhile
+            memory[f"{name} {child}"] = psutil.Process(child).memory_full_info().uss / 2**20
+    return memory
 
 
 def report(clients: Clients, memory: dict[str, tuple[float, float]]) -> None:

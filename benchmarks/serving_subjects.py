@@ -124,7 +124,8 @@ def vllm(case: Case, corpus: Corpus, port: int, folder: Path) -> Server:
     ]  # fmt: skip
 
     def invalid(answer: dict[str, Any]) -> int:
-        return sum(one["text"].replace("<|end|>", "").strip() not in known for one in answer["choices"])
+        texts = [one["text"].replace("<|end|>", "").replace(" ", "") for one in answer["choices"]]
+        return sum(text not in known for text in texts)
 
     requests = [
         Request(f"http://127.0.0.1:{port}/v1/completions", {**body, "prompt": tokens}, invalid)
