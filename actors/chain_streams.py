@@ -25,6 +25,14 @@ class ChainTokens:
     ended: bool
 
 
+@dataclass(frozen=True)
+class Listener:
+    """Who gets a request's tokens, and what the engine itself calls the request."""
+
+    hand_over: Callable[[ChainTokens | BaseException], None]
+    engine_id: str
+
+
 class ChainStreams:
     """Feeds the engine from a thread of its own, which decodes one token of all open chains at a time.
 
@@ -39,7 +47,7 @@ class ChainStreams:
         self.engine = engine
         self.failure: BaseException | None = None
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._listeners: dict[str, Callable[[ChainTokens | BaseException], None]] = {}
+        self._listeners: dict[str, Listener] = {}
         self._numbers = itertools.count()
         threading.Thread(target=self._run, name="chains", daemon=True).start()
 
@@ -92,15 +100,17 @@ class ChainStreams:
             self.engine.constraint.start(
                 ["reasoning"], [parameters.max_tokens], [parameters.extra_args["gream"]["excluded"]]
             )
-            self.engine.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+            engine_id = self.engine.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
         except ValueError as error:  # what this request asks for, not the engine
             hand_over(error)
             return
-        self._listeners[name] = hand_over
+        self._listeners[name] = Listener(hand_over, engine_id)
 
     def _remove(self, name: str) -> None:
-        if self._listeners.pop(name, None) is not None:
-            self.engine.llm.llm_engine.abort_request([name])
+        listener = self._listeners.pop(name, None)
+        if listener is not None:
+            # By our own name vLLM finds the chains alone, and keeps what stands for them all, forever.
+            self.engine.llm.llm_engine.abort_request([listener.engine_id], internal=True)
 
     def _run(self) -> None:
         try:
@@ -111,8 +121,8 @@ class ChainStreams:
             logger.exception("the engine of the chains has failed")
             self.failure = error
             while True:  # whoever comes is told, until the replica is replaced
-                for hand_over in self._listeners.values():
-                    hand_over(error)
+                for listener in self._listeners.values():
+                    listener.hand_over(error)
                 self._listeners.clear()
                 self._calls.get()()
 
@@ -131,12 +141,12 @@ class ChainStreams:
         if not self._listeners:
             return
         for output in self.engine.llm.llm_engine.step():
-            hand_over = self._listeners.get(output.request_id)
-            if hand_over is None:
+            listener = self._listeners.get(output.request_id)
+            if listener is None:
                 continue
             chains: Any = output.outputs
             for chain in chains:
                 ended = chain.finish_reason is not None
-                hand_over(ChainTokens(chain.index, tuple(chain.token_ids), ended))
+                listener.hand_over(ChainTokens(chain.index, tuple(chain.token_ids), ended))
             if output.finished:
                 del self._listeners[output.request_id]

@@ -38,6 +38,7 @@ from cluster.progress import console
 from curriculum.corpus import load_corpus
 
 KEY = {"Authorization": "Bearer right"}
+JSON = KEY | {"Content-Type": "application/json"}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -94,10 +95,10 @@ class Clients:
                 time.sleep(0.05)
 
     def malformed(self, client: httpx.Client) -> int:
-        return client.post("/v1/recommend", content=b"[" * 5000, headers=KEY).status_code
+        return client.post("/v1/recommend", content=b"[" * 5000, headers=JSON).status_code
 
     def oversized(self, client: httpx.Client) -> int:
-        return client.post("/v1/recommend", content=b"1" * 2**20, headers=KEY).status_code
+        return client.post("/v1/recommend", content=b"1" * 2**20, headers=JSON).status_code
 
     def wrong_key(self, client: httpx.Client) -> int:
         headers = {"Authorization": "Bearer wrong"}
@@ -236,7 +237,7 @@ def serve_processes(pid: int) -> dict[int, str]:
         except psutil.NoSuchProcess:
             continue
         if "ServeReplica" in name or "ProxyActor" in name:
-            found[child.pid] = name.split(".")[0].removeprefix("ray::")
+            found[child.pid] = name.split(".")[0].strip().removeprefix("ray::")
     return found
 
 

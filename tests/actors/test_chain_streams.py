@@ -58,6 +58,9 @@ def test_a_request_that_is_given_up_leaves_the_engine(tiny, rollout_engine, stre
     while streams.open_requests or rollout_engine.llm.llm_engine.has_unfinished_requests():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    kept = rollout_engine.llm.llm_engine.output_processor
+    assert not kept.parent_requests
+    assert not kept.request_states
     assert asyncio.run(collected(streams, options(tiny, 1)[1]))
 
 
