@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,12 +14,13 @@ import httpx
 import psutil
 from train_runs import ROOT, command_of
 
-KEY = {"Authorization": "Bearer second"}
+KEYS = ("first-4f1c07", "second-9b2e55")
+KEY = {"Authorization": f"Bearer {KEYS[1]}"}
 PATIENCE = 400
 
 
 class Service:
-    """The supervised checkpoint of a small run, behind two keys, `first` and `second`."""
+    """The supervised checkpoint of a small run, behind KEYS."""
 
     def __init__(self, run, *overrides):
         with socket.socket() as free:
@@ -32,7 +34,7 @@ class Service:
                 f"serving.port={self.port}", "serving.key_variable=TEST_KEYS", "serving.body_kib=16",
                 "serving.body_seconds=2", "serving.timeout_seconds=120", *overrides,
             ],
-            cwd=ROOT, start_new_session=True, env={**environment, "TEST_KEYS": "first, second"},
+            cwd=ROOT, start_new_session=True, env={**environment, "TEST_KEYS": ", ".join(KEYS)},
         )  # fmt: skip
         self.client = httpx.Client(base_url=self.url, headers=KEY, timeout=PATIENCE)
         self.wait_for(self.is_ready)
@@ -62,6 +64,14 @@ class Service:
     def replicas(self, name):
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if f"ServeReplica:gream:{name}" in command_of(child)]
+
+    def logs(self):
+        """The log files of Ray's session, those of all replicas among them."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            found = re.search(r"--session-dir=(\S+)", command_of(child))
+            if found:
+                return [file for file in Path(found[1], "logs").rglob("*") if file.is_file()]
+        raise AssertionError("no process names Ray's session")
 
     def metric(self, name, **tags):
         """Sum of the service's metric over its processes, of the series with these tags."""

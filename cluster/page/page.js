@@ -1,6 +1,6 @@
 // The page of the service: a history, a mode, and what comes of it. No library; every text goes in as text, never as HTML.
 const at = (id) => document.getElementById(id);
-const state = { history: [], items: [], chosen: 0, found: [], marked: -1, stop: null };
+const state = { user: null, history: [], items: [], chosen: 0, found: [], marked: -1, stop: null };
 const MARKERS = ["Evidence:", "Preference:", "Intent:", "Recommendation:"];
 
 const element = (tag, text, properties = {}) =>
@@ -36,7 +36,7 @@ function showHistory() {
     const line = element("li", `${item.title} `);
     const remove = element("button", "×", { type: "button", title: "Remove" });
     remove.setAttribute("aria-label", `Remove ${item.title}`);
-    remove.addEventListener("click", () => { state.history.splice(place, 1); showHistory(); });
+    remove.addEventListener("click", () => { state.history.splice(place, 1); state.user = null; showHistory(); });
     line.append(remove);
     return line;
   }));
@@ -62,6 +62,7 @@ function showFound() {
 
 function take(place) {
   state.history.push(state.found[place]);
+  state.user = null;
   at("title").value = "";
   closeFound();
   showHistory();
@@ -98,6 +99,7 @@ async function takeUser() {
   if (!user) return;
   try {
     state.history = await (await ask(`/v1/users/${encodeURIComponent(user)}/history?limit=20`)).json();
+    state.user = user;
     showProblem("");
     showHistory();
   } catch (error) { showProblem(error.message); }
@@ -211,7 +213,9 @@ async function recommend(event) {
   at("waiting").hidden = false;
   at("waiting").textContent = mode === "direct" ? "Ranking …" : "Thinking …";
   try {
-    const body = JSON.stringify({ mode, k: 10, history: state.history.map((item) => item.item_id), stream: true });
+    // Of a user the service knows the whole history, and this page the latest items alone.
+    const whose = state.user === null ? { history: state.history.map((item) => item.item_id) } : { user_id: state.user };
+    const body = JSON.stringify({ mode, k: 10, ...whose, stream: true });
     const response = await ask("/v1/recommend", { method: "POST", body, signal: state.stop.signal });
     let text = "";
     for await (const [name, data] of events(response)) {
@@ -231,7 +235,7 @@ async function recommend(event) {
 
 at("ask").addEventListener("submit", recommend);
 at("stop").addEventListener("click", () => state.stop?.abort());
-at("clear").addEventListener("click", () => { state.history = []; at("user").value = ""; showHistory(); });
+at("clear").addEventListener("click", () => { state.history = []; state.user = null; at("user").value = ""; showHistory(); });
 at("user").addEventListener("input", findUsers);
 at("user").addEventListener("change", takeUser);
 at("title").addEventListener("input", search);

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from served import events
+from served import KEYS, events
 
 from cluster.pipeline import run_stages
 from cluster.settings import load_settings
@@ -135,24 +135,36 @@ def test_a_body_of_unknown_length_is_limited(service):
 
 def test_a_body_that_does_not_come_is_not_waited_for(service):
     with socket.create_connection(("127.0.0.1", service.port), timeout=60) as slow:
-        head = "POST /v1/recommend HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer first\r\nContent-Length: 100\r\n\r\n{"
+        head = (
+            "POST /v1/recommend HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\nContent-Length: 100\r\n\r\n{"
+        )
         slow.sendall(head.encode())
         assert slow.recv(65536).startswith(b"HTTP/1.1 408")
     assert service.recommend(user_id=1).status_code == 200
 
 
 def test_keys_are_wanted_but_where_a_browser_begins(service):
-    for headers in ({"Authorization": ""}, {"Authorization": "Bearer third"}, {"Authorization": "Basic second"}):
+    for headers in ({"Authorization": ""}, {"Authorization": "Bearer third"}, {"Authorization": f"Basic {KEYS[1]}"}):
         for path in ("/v1/items/item-1", "/v1/users", "/metrics", "/pages", "/page"):
             refused = service.client.get(path, headers=headers)
             assert refused.status_code == 401
             assert refused.headers["www-authenticate"] == "Bearer"
         for path in ("/", "/page/page.js", "/docs", "/openapi.json", "/healthz", "/readyz"):
             assert service.client.get(path, headers=headers).status_code == 200
-    for key in ("first", "second"):
+    for key in KEYS:
         assert service.client.get("/v1/items/item-1", headers={"Authorization": f"Bearer {key}"}).status_code == 200
     assert service.client.get("/v1/items/item-99").status_code == 404
     assert service.client.delete("/v1/recommend").status_code == 405
+
+
+def test_no_log_holds_a_key(service):
+    assert service.recommend(user_id=1).status_code == 200
+    assert service.recommend(user_id="nobody").status_code == 422
+    logs = service.logs()
+    assert any("RecommendationInterface" in file.name for file in logs)
+    for file in logs:
+        content = file.read_bytes()
+        assert not any(key.encode() in content for key in KEYS), file
 
 
 def test_browsers_are_told_to_load_nothing_from_elsewhere(service):

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from served import KEYS
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -32,7 +33,7 @@ def page(browser, service):
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
     page.on("request", lambda request: page.addresses.append(request.url))
     page.goto(service.url)
-    page.get_by_label("API key").fill("second")
+    page.get_by_label("API key").fill(KEYS[1])
     yield page
     page.close()
 
@@ -76,6 +77,20 @@ def test_a_typed_history_is_answered_in_both_modes(page, service):
     assert all(address.startswith(service.url) or address.startswith("data:") for address in page.addresses)
 
 
+def test_a_user_is_asked_about_with_the_whole_history(page, service):
+    page.get_by_label("User").fill("2")
+    page.get_by_label("User").press("Tab")
+    page.locator("#history li").first.wait_for()
+    page.get_by_role("button", name="Recommend").click()
+    expected = service.recommend(user_id=2, k=10).json()["items"]
+    assert listed(page) == [item["title"] for item in expected]
+    page.get_by_role("button", name="Clear").click()
+    assert page.locator("#history li").count() == 0
+    page.get_by_role("button", name="Recommend").click()
+    page.get_by_text(service.recommend(history=[], k=10).json()["items"][0]["title"]).first.wait_for()
+    assert page.complaints == []
+
+
 def test_the_keyboard_is_enough(page):
     page.get_by_label("API key").focus()
     page.keyboard.press("Tab")
@@ -105,7 +120,7 @@ def test_an_error_is_shown_in_words(page):
     page.get_by_label("API key").fill("wrong")
     page.get_by_role("button", name="Recommend").click()
     page.get_by_text("an API key is wanted").wait_for()
-    page.get_by_label("API key").fill("first")
+    page.get_by_label("API key").fill(KEYS[0])
     page.get_by_role("button", name="Recommend").click()
     assert listed(page)
     assert not alert.is_visible()
