@@ -135,10 +135,15 @@ def test_a_body_of_unknown_length_is_limited(service):
 
 def test_a_body_that_does_not_come_is_not_waited_for(service):
     with socket.create_connection(("127.0.0.1", service.port), timeout=60) as slow:
-        head = (
-            "POST /v1/recommend HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\nContent-Length: 100\r\n\r\n{"
-        )
-        slow.sendall(head.encode())
+        head = [
+            "POST /v1/recommend HTTP/1.1",
+            "Host: x",
+            f"Authorization: Bearer {KEYS[0]}",
+            "Content-Length: 9",
+            "",
+            "{",
+        ]
+        slow.sendall("\r\n".join(head).encode())
         assert slow.recv(65536).startswith(b"HTTP/1.1 408")
     assert service.recommend(user_id=1).status_code == 200
 
