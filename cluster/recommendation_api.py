@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query
+from fastapi import APIRouter, Depends, FastAPI, Query
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
@@ -46,11 +46,10 @@ Beginning = Annotated[str, Query(max_length=256, description="Beginning of the u
 
 def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequence[bytes]) -> Any:
     """The ASGI application; `direct` and `reasoning` are the deployments' handles."""
-    api = FastAPI(
-        title="GREAM recommendations", version="1", docs_url=None, redoc_url=None, responses=described(REFUSED),
-        # The guard asks for the key; this only says so in the OpenAPI document.
-        dependencies=[Depends(HTTPBearer(auto_error=False, scheme_name="key"))] if keys else [],
-    )  # fmt: skip
+    refused = described(REFUSED)
+    api = FastAPI(title="GREAM recommendations", version="1", docs_url=None, redoc_url=None, responses=refused)
+    # The guard asks for the key; this only says so in the OpenAPI document.
+    keyed = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False, scheme_name="key"))] if keys else [])
     answer_with_problems(api)
     requests = Counter("gream_serving_requests", description="Answers.", tag_keys=("mode", "status"))
     latency = Histogram(
@@ -129,27 +128,29 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
         return JSONResponse(results[-1])
 
     recommend.__annotations__["request"] = request_model(settings)
-    api.post(
+    keyed.post(
         "/v1/recommend", response_model=RecommendResponse,
         responses={400: described({400: "The body is not JSON."})[400], 200: {"content": {"text/event-stream": {}}}},
     )(recommend)  # fmt: skip
 
-    @api.get("/v1/items/{item_id}", response_model=ItemResponse, responses=described({404: "No such item."}))
+    @keyed.get("/v1/items/{item_id}", response_model=ItemResponse, responses=described({404: "No such item."}))
     async def item(item_id: str) -> Any:
         """An item of the catalogue."""
         return JSONResponse(await asked(lambda: direct.item.remote(item_id), missing=404))
 
-    @api.get("/v1/items", response_model=list[ItemModel])
+    @keyed.get("/v1/items", response_model=list[ItemModel])
     async def items(title: Words, limit: Limit = 10) -> Any:
         """Items whose title holds all the words."""
         return JSONResponse(await asked(lambda: direct.search.remote(title, limit)))
 
-    @api.get("/v1/users", response_model=list[Identifier])
+    @keyed.get("/v1/users", response_model=list[Identifier])
     async def users(beginning: Beginning = "", limit: Limit = 10) -> Any:
         """Users whose id begins like this."""
         return JSONResponse(await asked(lambda: direct.users.remote(beginning, limit)))
 
-    @api.get("/v1/users/{user_id}/history", response_model=list[ItemModel], responses=described({404: "No such user."}))
+    @keyed.get(
+        "/v1/users/{user_id}/history", response_model=list[ItemModel], responses=described({404: "No such user."})
+    )
     async def history(user_id: str, limit: Limit = 20) -> Any:
         """The latest items of a user, the oldest first."""
         return JSONResponse(await asked(lambda: direct.history.remote(user_id, limit), missing=404))
@@ -165,7 +166,7 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
         both = await asyncio.gather(asked(lambda: direct.versions.remote()), asked(lambda: reasoning.versions.remote()))
         return JSONResponse(dict(zip(("direct", "reasoning"), both, strict=True)))
 
-    @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    @keyed.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Metrics of this node's processes, for Prometheus."""
         return Response(await asyncio.to_thread(node_metrics.node_metrics), media_type=node_metrics.MEDIA_TYPE)
@@ -178,6 +179,7 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
     async def docs() -> FileResponse:
         return FileResponse(PAGE / "operations.html")
 
+    api.include_router(keyed)
     api.mount("/page", StaticFiles(directory=PAGE))
     return Guard(
         api, keys=keys, body_bytes=settings.body_kib * 1024, body_seconds=settings.body_seconds, open_paths=OPEN_PATHS

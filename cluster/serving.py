@@ -120,6 +120,11 @@ def serve_run(run_folder: str, overrides: Sequence[str], *, wait: bool) -> None:
     serving, cluster = settings.serving, settings.cluster
     deployment = application_of(settings)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if not wait and not address:
+        raise InputError(
+            "a Ray that starts here would end with this command", field="cluster.address",
+            remedy="Name a cluster's address with --no-wait, or leave --no-wait away.",
+        )  # fmt: skip
     local: Any = {} if address else {"include_dashboard": False}
     ray.init(address=address, log_to_driver=False, **local)
     serve.start(http_options=HTTPOptions(host=serving.host, port=serving.port))

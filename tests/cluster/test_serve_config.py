@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.serving import ServeArguments, application, served_settings
+from cluster.serving import ServeArguments, application, serve_run, served_settings
 from cluster.serving_settings import ServingSettings
 from item_index.input_error import InputError
 
@@ -39,6 +39,12 @@ def test_a_named_variable_without_keys_is_an_error(run, monkeypatch):
     monkeypatch.setenv("GREAM_KEYS", " , ")
     with pytest.raises(InputError, match="GREAM_KEYS holds no key"):
         application(arguments(run, "serving.checkpoint=sft", "serving.key_variable=GREAM_KEYS"))
+
+
+def test_a_service_that_is_not_waited_for_needs_a_cluster(run, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="would end with this command"):
+        serve_run(str(run), ["serving.checkpoint=sft"], wait=False)
 
 
 def test_a_run_without_the_checkpoint_is_an_error(run):

@@ -29,6 +29,8 @@ def test_no_request_makes_the_service_fail(service, fitting):
             asked += 1
             response = case.call(headers=KEY, timeout=120)
             assert response.status_code < 500 or response.status_code == 503, response.text
+            if response.status_code == 413:  # schemathesis does not take this for a refusal
+                return
             # The document does not know which ids there are, nor that a history or a user is wanted.
             case.validate_response(response, headers=KEY, excluded_checks=[positive_data_acceptance])
 
