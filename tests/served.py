@@ -22,7 +22,8 @@ PATIENCE = 400
 class Service:
     """The supervised checkpoint of a small run, behind KEYS."""
 
-    def __init__(self, run, *overrides):
+    def __init__(self, run, *overrides, log=None):
+        self.log = log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -34,7 +35,7 @@ class Service:
                 f"serving.port={self.port}", "serving.key_variable=TEST_KEYS", "serving.body_kib=16",
                 "serving.body_seconds=2", "serving.timeout_seconds=120", *overrides,
             ],
-            cwd=ROOT, start_new_session=True, env={**environment, "TEST_KEYS": ", ".join(KEYS)},
+            cwd=ROOT, start_new_session=True, stdout=log and log.open("wb"), env={**environment, "TEST_KEYS": ", ".join(KEYS)},
         )  # fmt: skip
         self.client = httpx.Client(base_url=self.url, headers=KEY, timeout=PATIENCE)
         self.wait_for(self.is_ready)
@@ -83,6 +84,10 @@ class Service:
             if line.startswith(f"ray_gream_serving_{name}{{") and all(tag in line for tag in wanted)
         ]
         return sum(values)
+
+    def output(self):
+        """What `gream serve` has printed into its log."""
+        return self.log.read_text()
 
     def stop(self):
         os.kill(self.process.pid, signal.SIGTERM)

@@ -32,8 +32,8 @@ def run(supervised, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def own_service(run):
-    service = Service(run, *BUSY)
+def own_service(run, tmp_path_factory):
+    service = Service(run, *BUSY, log=tmp_path_factory.mktemp("log") / "output")
     yield service
     if service.process.poll() is None:
         service.stop()
@@ -151,13 +151,20 @@ def test_another_checkpoint_takes_over_without_a_failed_request(own_service, run
     )
 
 
-def test_a_checkpoint_that_does_not_load_leaves_the_one_before(own_service, run):
+@pytest.mark.parametrize("content", [None, b"no weights"])
+def test_a_checkpoint_that_does_not_load_leaves_the_one_before(own_service, run, content):
     served = own_service.recommend(user_id=1).json()
-    (run / "sft" / "checkpoint" / "model.safetensors").rename(run / "model.safetensors")
+    file = run / "sft" / "checkpoint" / "model.safetensors"
+    file.rename(run / "model.safetensors")
+    if content is not None:
+        file.write_bytes(content)
+    refusals = own_service.output().count("not put in place")
     own_service.process.send_signal(signal.SIGHUP)
-    time.sleep(5)
+    with load(own_service, "direct") as answers:
+        own_service.wait_for(lambda: own_service.output().count("not put in place") > refusals)
+    assert {answer.status_code for answer in answers} <= {200}
     assert own_service.recommend(user_id=1).json() == served
-    (run / "model.safetensors").rename(run / "sft" / "checkpoint" / "model.safetensors")
+    (run / "model.safetensors").replace(file)
 
 
 def test_what_is_under_way_is_finished_when_the_service_is_stopped(own_service):
