@@ -35,7 +35,8 @@ class Service:
                 f"serving.port={self.port}", "serving.key_variable=TEST_KEYS", "serving.body_kib=16",
                 "serving.body_seconds=2", "serving.timeout_seconds=120", *overrides,
             ],
-            cwd=ROOT, start_new_session=True, stdout=log and log.open("wb"), env={**environment, "TEST_KEYS": ", ".join(KEYS)},
+            cwd=ROOT, start_new_session=True, stdout=log and log.open("wb"),
+            env={**environment, "TEST_KEYS": ", ".join(KEYS)},
         )  # fmt: skip
         self.client = httpx.Client(base_url=self.url, headers=KEY, timeout=PATIENCE)
         self.wait_for(self.is_ready)
