@@ -105,7 +105,10 @@ def hugging_face(case: Case, corpus: Corpus, port: int, _folder: Path) -> Server
 
 def vllm(case: Case, corpus: Corpus, port: int, folder: Path) -> Server:
     """vLLM's OpenAI server; a regular expression names all items, and a request samples k answers: its beam search
-    takes no grammar. Samples may repeat, so the places of a list are not expected to differ."""
+    takes no grammar. Samples may repeat, so the places of a list are not expected to differ.
+
+    The grammar is one of text: it lets a name be spelled by ordinary tokens too. On the demo's checkpoint nearly every
+    answer is, and is cut off before its end, so it counts as invalid."""
     model = folder / "checkpoint"
     write_plain_tokens(case.checkpoint, model)
     names = [corpus.index.text(row) for row in range(len(corpus.index))]
