@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from actors.rollout import RolloutEngine
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class ChainStreams:
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
+        self.threads = torch.get_num_threads()
         self.failure: BaseException | None = None
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[str, Listener] = {}
@@ -113,6 +116,8 @@ class ChainStreams:
             self.engine.llm.llm_engine.abort_request([listener.engine_id], internal=True)
 
     def _run(self) -> None:
+        # Every thread has a number of OpenMP threads of its own, and vLLM's attention takes only the engine's.
+        torch.set_num_threads(self.threads)
         try:
             while True:
                 self._take_calls()
