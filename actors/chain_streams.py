@@ -112,7 +112,7 @@ class ChainStreams:
     def _remove(self, name: str) -> None:
         listener = self._listeners.pop(name, None)
         if listener is not None:
-            # By our own name vLLM finds the chains alone, and keeps what stands for them all, forever.
+            # By our own name vLLM would abort the chains alone, and not the request that stands for them all.
             self.engine.llm.llm_engine.abort_request([listener.engine_id], internal=True)
 
     def _run(self) -> None:

@@ -200,7 +200,7 @@ class GroupPolicyLearner:
                 diagnostics.add(float(loss.detach()), current_T.detach(), old_T, sampler_T, values_T, part.allowed)
                 yield loss * self.engine.ranks  # DeepSpeed averages over the ranks
 
-        true_parts, true_losses = self._true_answers(batch.select(groups), diagnostics)
+        true_parts, true_losses = self._true_answers(batch, groups, diagnostics)
         norm = self.engine.step(chain(losses(), true_losses), len(parts) + true_parts)
         return {
             **diagnostics.over_ranks(
@@ -211,12 +211,15 @@ class GroupPolicyLearner:
             "skipped": float(self.engine.skipped),
         }
 
-    def _true_answers(self, batch: RolloutBatch, diagnostics: Diagnostics) -> tuple[int, Iterator[Tensor]]:
+    def _true_answers(
+        self, batch: RolloutBatch, groups: np.ndarray, diagnostics: Diagnostics
+    ) -> tuple[int, Iterator[Tensor]]:
         """The number of this rank's micro-batches of a mini-batch's true answers, and their losses: minus the mean
         log-probability of the answers' tokens, times reasoning's share of the prompts."""
-        if not self.objective.true_answer_coefficient or not batch.prompts.reasoning.any():
+        reasoning_G = batch.prompts.reasoning[groups]
+        if not self.objective.true_answer_coefficient or not reasoning_G.any():
             return 0, iter(())
-        answers, share = true_answers(batch, self.constraint), float(batch.prompts.reasoning.mean())
+        answers, share = true_answers(batch.select(groups[reasoning_G]), self.constraint), float(reasoning_G.mean())
         allowed = allowed_in(answers, self.constraint).allowed
         counted_T = allowed.has_choice & in_answer(answers, self.constraint)
         weight = self.objective.true_answer_coefficient * share / int(counted_T.sum())
