@@ -62,7 +62,7 @@ class ScoredResponses:
         group_sizes: int64 [G], responses of each group.
         scored: bool [G]; False where a response of the group has no reward. The rewards of such a group are NaN.
         rewards: float32, weighted sum of all terms.
-        components: float32 [R, terms], each term before its weight.
+        components: float32 [R, terms], each term before its weight, NaN where it does not count in the mode.
         hits: bool, the answer is the true item, format included.
         valid: bool, the answer is an item of the catalogue.
         well_formed: bool, the response has the required format.
@@ -185,7 +185,7 @@ class RewardWorker:
             batch = batch.select(groups)
         forced_R = allowed_in(batch, self.constraint).forced_R
         items = np.full(len(forced_R), -1, np.int32)
-        components = np.zeros((len(forced_R), len(self.terms)), np.float32)
+        components = np.full((len(forced_R), len(self.terms)), np.nan, np.float32)
         well_formed, chains = np.zeros(len(forced_R), bool), np.zeros(len(forced_R), CHAIN)
         special, decode = self.constraint.tokens, self.tokenizer.decode
         group_R, prompts, starts = batch.group_of_response, batch.prompts, batch.group_starts
@@ -217,6 +217,8 @@ class RewardWorker:
                 self.index.levels, answer.well_formed, bool(forced_R[row]), decode,
             )  # fmt: skip
             for number, term in enumerate(self.terms):
+                if mode not in term.modes:
+                    continue
                 try:
                     if term.built_in:
                         components[row, number] = term.value(sample)
@@ -227,7 +229,7 @@ class RewardWorker:
                     place = row - int(starts[group])
                     failures[group] = RewardFailure(group, place, term.name, _problem(error), _context(sample))
                     break
-        rewards = components @ np.array([term.weight for term in self.terms], np.float32)
+        rewards = np.nan_to_num(components) @ np.array([term.weight for term in self.terms], np.float32)
         scored = ~np.isin(np.arange(len(batch)), list(failures))
         rewards[~scored[group_R]] = np.nan
         return ScoredResponses(

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from cluster.alarms import AlarmSection
 from cluster.section import Section
+from item_index.constraint import MODES, Mode
 from rewards.composition import RESIDUAL_SENSITIVE
 
 
@@ -177,6 +178,7 @@ class RewardSection(Section):
     )  # fmt: skip
     weight: float = Field(1.0, allow_inf_nan=False, description="Its weight in the sum.")
     name: str | None = Field(None, description="Its name in metrics and messages; null takes that of the path.")
+    modes: tuple[Mode, ...] = Field(MODES, min_length=1, description="The modes whose responses it counts for.")
 
 
 class CollaborativeSection(Section):
@@ -284,6 +286,12 @@ class TrainSettings(Section):
         names = [term.name or term.reward for term in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"train.rewards has two terms of one name, {names}: give them names of their own")
+        shares = {"direct": 1 - self.reasoning_share, "reasoning": self.reasoning_share}
+        for mode, share in shares.items():
+            if share > 0 and not any(mode in term.modes for term in self.rewards):
+                raise ValueError(
+                    f"train.rewards has no term that counts in {mode} mode; train.reasoning_share asks for it"
+                )
         if not self.constrained_rollouts and (self.measure_valid_mass or self.objective.valid_mass_coefficient):
             raise ValueError("train.measure_valid_mass needs train.constrained_rollouts")
         if not self.constrained_rollouts and self.objective.true_answer_coefficient:

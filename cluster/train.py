@@ -143,8 +143,8 @@ def show_failures(scored: Scored) -> None:
 
 def rollout_metrics(scored: Scored, *, minimum_think_tokens: int, terms: Sequence[str] = ()) -> dict[str, float]:
     """Means over all generated groups that could be scored, by mode, under `rewards/` those of each of several `terms`
-    before its weight, and under `chains/` what the reasoning chains are made of. `coverage` is the number of different
-    answers by that of answers."""
+    before its weight in the modes where it counts, and under `chains/` what the reasoning chains are made of.
+    `coverage` is the number of different answers by that of answers."""
     metrics: dict[str, float] = {}
     reasoning_G = np.concatenate([flags for flags, _ in scored])
 
@@ -157,8 +157,9 @@ def rollout_metrics(scored: Scored, *, minimum_think_tokens: int, terms: Sequenc
     reasoning, rewards = np.repeat(reasoning_G, sizes_G), column("rewards")
     metrics["reward"] = float(rewards[known].mean())
     if len(terms) > 1:
-        means = column("components")[known].mean(axis=0)
-        metrics |= {f"rewards/{term}": float(mean) for term, mean in zip(terms, means, strict=True)}
+        for term, values in zip(terms, column("components")[known].T, strict=True):
+            counted = values[np.isfinite(values)]  # of the modes that the term counts in
+            metrics |= {f"rewards/{term}": float(counted.mean())} if len(counted) else {}
     metrics["valid_rate"] = float(column("valid").mean())
     items = column("items")
     metrics["coverage"] = len(np.unique(items[items >= 0])) / max(int((items >= 0).sum()), 1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol
 
+from item_index.constraint import MODES
 from item_index.input_error import InputError
 from rewards.residual import residual_sensitive_reward
 
@@ -67,12 +68,14 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class RewardTerm:
-    """A summand: its name in metrics and messages, its weight, what computes it, and whether that is ours."""
+    """A summand: its name in metrics and messages, its weight, what computes it, whether that is ours, and the modes
+    whose responses it counts for."""
 
     name: str
     weight: float
     function: Reward
     built_in: bool = False
+    modes: tuple[str, ...] = MODES
 
     def value(self, sample: RewardSample) -> float:
         """The reward of a sample, unweighted. Raises ValueError where it is not a finite number."""
@@ -111,8 +114,9 @@ BUILT_IN: dict[str, Reward] = {
 
 
 def load_reward_term(
-    reward: str, *, weight: float = 1.0, name: str | None = None, collaborative: Reward = not_fitted
-) -> RewardTerm:
+    reward: str, *, weight: float = 1.0, name: str | None = None, modes: Sequence[str] = MODES,
+    collaborative: Reward = not_fitted,
+) -> RewardTerm:  # fmt: skip
     """The term of a built-in reward, or of what an import path leads to.
 
     Args:
@@ -122,7 +126,7 @@ def load_reward_term(
     """
     if reward in BUILT_IN:
         function = collaborative if reward == COLLABORATIVE else BUILT_IN[reward]
-        return RewardTerm(name or reward, weight, function, built_in=True)
+        return RewardTerm(name or reward, weight, function, built_in=True, modes=tuple(modes))
     module_name, separator, attribute = reward.partition(":")
     remedy = "Write package.module:name; the module must be importable on every node (see docs/rewards.md)."
     if not separator or not module_name or not attribute:
@@ -138,4 +142,4 @@ def load_reward_term(
     function = found() if inspect.isclass(found) else found
     if not callable(function):
         raise InputError(f"the reward {reward!r} cannot be called", remedy=remedy)
-    return RewardTerm(name or attribute, weight, function)
+    return RewardTerm(name or attribute, weight, function, modes=tuple(modes))

@@ -83,6 +83,30 @@ def test_several_terms_have_a_mean_each(tiny):
     assert metrics["reward"] == pytest.approx(metrics["rewards/residual"] + 3 * 0.5)
 
 
+def test_a_term_counts_in_its_modes_alone(tiny):
+    terms = [
+        {"reward": "residual_sensitive", "modes": ["reasoning"]},
+        {"reward": "exact_match", "weight": 3.0, "modes": ["direct"]},
+        {"reward": "exact_match", "weight": 5.0, "name": "both"},
+    ]
+    prompts = tiny.prompts(["direct", "reasoning"])
+    batch = tiny.random_rollouts(prompts, responses=6, seed=1)
+    scores = RewardWorker(str(tiny.index_folder), str(tiny.checkpoint), terms=terms).score(batch)
+    plain = RewardWorker(str(tiny.index_folder), str(tiny.checkpoint)).score(batch)
+    assert scores.scored.all()
+    assert np.isnan(scores.components[:6, 0]).all()
+    assert np.isnan(scores.components[6:, 1]).all()
+    np.testing.assert_allclose(scores.rewards[:6], 8.0 * plain.hits[:6])
+    np.testing.assert_allclose(scores.rewards[6:], plain.rewards[6:] + 5.0 * plain.hits[6:], rtol=1e-6)
+    metrics = rollout_metrics([(prompts.reasoning, scores)], minimum_think_tokens=8, terms=["a", "b", "both"])
+    assert metrics["rewards/a"] == pytest.approx(plain.rewards[6:].mean())
+    assert metrics["rewards/b"] == pytest.approx(plain.hits[:6].mean())
+    direct = rollout_metrics(
+        [(prompts.reasoning[:1], scores.select(np.array([0])))], minimum_think_tokens=8, terms=["a", "b", "both"]
+    )
+    assert "rewards/a" not in direct
+
+
 def test_metrics_of_a_step_take_all_reasoning_groups_of_all_rounds(tiny, worker):
     rounds = []
     for seed, modes in enumerate((["reasoning", "direct"], ["direct"], ["reasoning"])):

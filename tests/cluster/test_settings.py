@@ -130,6 +130,7 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path, override, wrong, nearest
         ("train={offload_optimizer: true, zero_stage: 0}", "train.offload_optimizer needs train.zero_stage"),
         ("train={low_rank: {}, zero_stage: 3}", "train.low_rank works with train.zero_stage 0, 1 and 2"),
         ("train.low_rank.dropout=0.1", "train.low_rank.dropout must be 0"),
+        ("train.rewards=[{reward: exact_match, modes: [direct]}]", "no term that counts in reasoning mode"),
         ("index.level_sizes=[]", "index.level_sizes"),
         ("index.level_sizes=[4, x]", r"index.level_sizes"),
         ("index.embedding=word2vec", "index.embedding"),

@@ -37,6 +37,8 @@ def test_functions_and_classes_are_found_by_their_path():
     novelty = load_reward_term("reward_functions:Novelty", name="new to the user")
     assert novelty.name == "new to the user"
     assert [novelty.value(replace(SAMPLE, answered_item=item)) for item in ("item-2", "item-6")] == [0.0, 1.0]
+    assert novelty.modes == ("direct", "reasoning")
+    assert load_reward_term("reward_functions:Novelty", modes=["direct"]).modes == ("direct",)
 
 
 def test_what_a_sample_tells():
