@@ -3,10 +3,8 @@ answers."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +22,7 @@ from benchmarks.load import Request
 from cluster.pipeline import EVALUATED_STAGES
 from cluster.prompts import PromptSource
 from curriculum.corpus import Corpus
+from item_index.semantic_ids import SemanticIdIndex
 
 OURS, HUGGING_FACE, VLLM = "ours", "Hugging Face, FastAPI", "vLLM, regex"
 START_SECONDS, STOP_SECONDS = 600.0, 120.0
@@ -103,27 +102,22 @@ def hugging_face(case: Case, corpus: Corpus, port: int, _folder: Path) -> Server
     return Server(command, f"http://127.0.0.1:{port}/health", requests)
 
 
-def vllm(case: Case, corpus: Corpus, port: int, folder: Path) -> Server:
+def vllm(case: Case, corpus: Corpus, port: int, _folder: Path) -> Server:
     """vLLM's OpenAI server; a regular expression names all items, and a request samples k answers: its beam search
     takes no grammar. Samples may repeat, so the places of a list are not expected to differ.
 
-    The grammar is one of text: it lets a name be spelled by ordinary tokens too. On the demo's checkpoint nearly every
-    answer is, and is cut off before its end, so it counts as invalid."""
-    model = folder / "checkpoint"
-    write_plain_tokens(case.checkpoint, model)
-    names = [corpus.index.text(row) for row in range(len(corpus.index))]
-    known = set(names)
-    # Long names first: an item may be the beginning of another.
-    grammar = "(" + "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) + ")"
+    The grammar is one of text: it lets a name be spelled by ordinary tokens too, which are cut off before its end."""
+    known = {corpus.index.text(row) for row in range(len(corpus.index))}
     body = {
         "model": "policy", "n": case.k, "temperature": 1.0, "max_tokens": corpus.index.depth + 1,
-        "structured_outputs": {"regex": grammar}, "skip_special_tokens": False,
+        "structured_outputs": {"regex": regex_of(corpus.index)}, "skip_special_tokens": False,
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name",
-        "policy", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(case.checkpoint),
+        "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--enforce-eager",
         "--max-model-len", "2048", "--kv-cache-memory-bytes", str(256 * 2**20), "--block-size", str(CPU_BLOCK_TOKENS),
-        "--max-num-seqs", "256", "--generation-config", "vllm", "--structured-outputs-config.backend", "guidance",
+        "--max-num-seqs", "256", "--generation-config", "vllm", "--structured-outputs-config.backend", "xgrammar",
     ]  # fmt: skip
 
     def invalid(answer: dict[str, Any]) -> int:
@@ -142,13 +136,11 @@ SUBJECTS: dict[str, Callable[[Case, Corpus, int, Path], Server]] = {
 }  # fmt: skip
 
 
-def write_plain_tokens(checkpoint: Path, folder: Path) -> None:
-    """A copy of a checkpoint whose semantic-ID tokens are ordinary ones: grammars over text see no special tokens."""
-    shutil.copytree(checkpoint, folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    for token in tokenizer["added_tokens"]:
-        token["special"] = token["special"] and not re.fullmatch(r"<\|[a-z]_\d+\|>", token["content"])
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+def regex_of(index: SemanticIdIndex) -> str:
+    """The semantic IDs of all items. xgrammar's masks hold their tokens; llguidance's none that looks special."""
+    names = [index.text(row) for row in range(len(index))]
+    # Long names first: an item may be the beginning of another.
+    return "(" + "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) + ")"
 
 
 @contextmanager

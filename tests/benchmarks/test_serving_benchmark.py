@@ -7,12 +7,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import xgrammar
 
 from benchmarks.load import Answers, Request, closed_loop, open_loop
 from benchmarks.serving import UNITS, measured, numbers_of
 from benchmarks.serving_agreement import differing_places
-from benchmarks.serving_subjects import Server, free_port, running, started, wait_until_ready, write_plain_tokens
+from benchmarks.serving_subjects import Server, free_port, regex_of, running, started, wait_until_ready
 
 
 @pytest.fixture
@@ -88,13 +88,17 @@ def test_places_may_differ_where_scores_are_close(expected, counts):
         assert differing_places([1, 2, 3], [-1.0, -1.5, -2.0], expected) == (0, 2)
 
 
-def test_grammars_see_the_tokens_of_items(tiny, tmp_path):
-    write_plain_tokens(tiny.checkpoint, tmp_path / "plain")
-    text = tiny.index.text(3)
-    plain = AutoTokenizer.from_pretrained(tmp_path / "plain", local_files_only=True)
-    assert plain(text)["input_ids"] == tiny.tokenizer(text)["input_ids"]
-    assert plain.decode(plain(text)["input_ids"], skip_special_tokens=True).replace(" ", "") == text
-    assert plain.eos_token_id == tiny.tokenizer.eos_token_id
+def test_the_regular_expression_lets_all_items_through_token_by_token(tiny):
+    information = xgrammar.TokenizerInfo.from_huggingface(tiny.tokenizer, vocab_size=len(tiny.tokenizer))
+    compiled = xgrammar.GrammarCompiler(information).compile_regex(regex_of(tiny.index))
+    for row in range(len(tiny.index)):
+        matcher = xgrammar.GrammarMatcher(compiled)
+        assert all(matcher.accept_token(token) for token in tiny.builder.item_tokens[row])
+        assert matcher.accept_token(tiny.tokenizer.eos_token_id)
+    beyond = xgrammar.GrammarMatcher(compiled)
+    first, *others = tiny.builder.item_tokens[0]
+    assert not beyond.accept_token(others[0])
+    assert beyond.accept_token(first)
 
 
 @pytest.mark.engines
