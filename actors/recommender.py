@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
+from tokenizers.decoders import DecodeStream
 
 from actors.chain_streams import ChainStreams
 from actors.ranking import RankingWorker
@@ -163,7 +164,7 @@ class ReasoningRecommender:
             yield {"items": [], "chains": [], "versions": self.run.versions}
             return
         written: list[list[int]] = [[] for _ in range(query.chains)]
-        shown = ""
+        reader, tokenizer = DecodeStream(skip_special_tokens=False), self.run.builder.tokenizer.backend_tokenizer
         streaming = self.streams.sample(
             prompt, chains=query.chains, budget=self.plan.reasoning_budget, temperature=query.temperature,
             excluded=excluded.tolist(), seed=query.seed,
@@ -174,10 +175,9 @@ class ReasoningRecommender:
                 self.tokens.inc(len(news.tokens))
                 written[news.chain] += news.tokens
                 if news.chain == 0:
-                    text = self.run.builder.tokenizer.decode(written[0])
-                    if text.startswith(shown) and not text.endswith("�") and len(text) > len(shown):
-                        yield {"text": text[len(shown) :]}
-                        shown = text
+                    text = "".join(reader.step(tokenizer, token) or "" for token in news.tokens)
+                    if text:
+                        yield {"text": text}
         finally:
             self._count_writing(-1)
             await streaming.aclose()
