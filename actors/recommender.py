@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from ray import serve
 from ray.util.metrics import Counter, Gauge, Histogram
 from tokenizers.decoders import DecodeStream
 
 from actors.chain_streams import ChainStreams
 from actors.ranking import RankingWorker
+from actors.request_batches import RequestBatches
 from actors.rollout import RolloutEngine
 from actors.served_run import Query, ServedRun
 from evaluation.ranking import merge_chains
@@ -67,13 +67,13 @@ class BatchedRanking:
             "gream_serving_items", description="Items asked for, by whether there were so many.",
             tag_keys=("mode", "given"),
         )  # fmt: skip
-        batched: Any = self.rank
-        batched.set_max_batch_size(plan.batch_users)
-        batched.set_batch_wait_timeout_s(plan.batch_wait_seconds)
+        self.batches = RequestBatches(self._search, most=plan.batch_users, wait_seconds=plan.batch_wait_seconds)
 
-    @serve.batch
-    async def rank(self, opened: list[tuple[Sequence[int], np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Items int32 [K] and log-probabilities float32 [K] after each (context, excluded rows)."""
+    async def rank(self, context: Sequence[int], excluded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Items int32 [K] and log-probabilities float32 [K] after a context, without the excluded rows."""
+        return await self.batches.result((context, excluded))
+
+    async def _search(self, opened: list[tuple[Sequence[int], np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
         self.batch_sizes.observe(len(opened), tags={"mode": self.mode})
         contexts = RaggedArray.of([context for context, _ in opened], np.int32)
         excluded = RaggedArray.of([rows for _, rows in opened], np.int32)
@@ -102,7 +102,7 @@ class DirectRecommender:
         prompt, excluded = self.run.builder.prompt(history, "direct"), self.run.excluded_by(query, history)
         if len(excluded) >= len(self.run.catalogue):
             return {"items": [], "versions": self.run.versions}
-        items_K, scores_K = await self.ranking.rank((prompt, excluded))
+        items_K, scores_K = await self.ranking.rank(prompt, excluded)
         return {"items": self.ranking.listed(self.run, items_K, scores_K, query.k), "versions": self.run.versions}
 
     async def versions(self) -> dict[str, str]:
@@ -181,7 +181,7 @@ class ReasoningRecommender:
         finally:
             self._count_writing(-1)
             await streaming.aclose()
-        ranked = await asyncio.gather(*(self.ranking.rank(([*prompt, *chain], excluded)) for chain in written))
+        ranked = await asyncio.gather(*(self.ranking.rank([*prompt, *chain], excluded) for chain in written))
         items_CK, scores_CK = (np.stack(part) for part in zip(*ranked, strict=True))
         items, scores = merge_chains(
             items_CK, scores_CK, np.zeros(query.chains, np.int64), users=1, width=self.plan.beam_width

@@ -41,7 +41,9 @@ class ServingSettings(Section):
     body_kib: int = Field(256, ge=1, description="Size of a request's body at most, KiB.")
     body_seconds: float = Field(10.0, gt=0, description="How long a request's body may take to arrive.")
     batch_users: int = Field(64, ge=1, description="Requests of one beam search at most.")
-    batch_wait_ms: float = Field(2.0, ge=0, description="How long a beam search waits for more requests.")
+    batch_wait_ms: float = Field(
+        2.0, ge=0, description="How long a beam search waits for more requests, where none runs."
+    )
     timeout_seconds: float = Field(30.0, gt=0, description="Deadline of a request; what it started is stopped then.")
     retry_after_seconds: int = Field(1, ge=0, description="What a refused request is told to wait.")
     drain_seconds: float = Field(30.0, gt=0, description="What a replica that is stopped may take to end its requests.")
