@@ -28,7 +28,9 @@ VARIANTS: dict[str, list[str]] = {
     "grpo": ["train.advantages=group_relative"],
     "dr-grpo": ["train.advantages=centred", "train.objective.token_mean=constant"],
     "pass-at-k": ["train.advantages=pass_at_k"],
-    "unconstrained": ["train.constrained_rollouts=false"],
+    "without-true-answers": ["train.objective.true_answer_coefficient=0"],
+    # True answers are learnt under the constraint alone, so this one is to be compared with the one above.
+    "unconstrained": ["train.constrained_rollouts=false", "train.objective.true_answer_coefficient=0"],
     "residual-sensitive-alone": ["train.rewards=[{reward: residual_sensitive}]"],
     "exact-match-alone": ["train.rewards=[{reward: exact_match}]"],
     "direct-alone": ["train.reasoning_share=0"],

@@ -14,6 +14,7 @@ def base(tmp_path):
     return [
         f"data.items={tmp_path}/items", f"data.interactions={tmp_path}/interactions",
         "train.rewards=[{reward: residual_sensitive}, {reward: collaborative}]", "corpus.rewritten_history_items=6",
+        "train.objective.true_answer_coefficient=4",
     ]  # fmt: skip
 
 
