@@ -16,7 +16,7 @@ from actors.chain_streams import ChainStreams
 from actors.ranking import RankingWorker
 from actors.request_batches import RequestBatches
 from actors.rollout import RolloutEngine
-from actors.served_run import Query, ServedRun
+from actors.served_run import Query, ServedRun, UnknownId
 from evaluation.ranking import merge_chains
 from item_index.constraint import Mode
 from item_index.ragged import RaggedArray
@@ -96,10 +96,17 @@ class DirectRecommender:
         self.ranking = BatchedRanking(plan, "direct")
         self.run = served_run(plan, self.ranking)
 
-    async def recommend(self, query: Query) -> dict[str, Any]:
-        """`items`, best first, and the `versions` they come from. Raises UnknownId."""
-        history = self.run.history_of(query)
-        prompt, excluded = self.run.builder.prompt(history, "direct"), self.run.excluded_by(query, history)
+    async def recommend(self, queries: Sequence[Query]) -> list[dict[str, Any] | UnknownId]:
+        """For each query `items`, best first, and the `versions` they come from; or why it has none."""
+        return await asyncio.gather(*(self._recommended(query) for query in queries))
+
+    async def _recommended(self, query: Query) -> dict[str, Any] | UnknownId:
+        try:
+            history = self.run.history_of(query)
+            excluded = self.run.excluded_by(query, history)
+        except UnknownId as error:
+            return error  # raised, it would be an answer to all of the queries
+        prompt = self.run.builder.prompt(history, "direct")
         if len(excluded) >= len(self.run.catalogue):
             return {"items": [], "versions": self.run.versions}
         items_K, scores_K = await self.ranking.rank(prompt, excluded)
@@ -153,8 +160,8 @@ class ReasoningRecommender:
             raise RuntimeError(f"the engine of the chains has failed: {self.streams.failure}")
 
     async def recommend(self, query: Query) -> AsyncIterator[dict[str, Any]]:
-        """The first chain's text as it is written, `{"text": ...}`, then what `DirectRecommender.recommend` gives with
-        the `chains` beside it. Raises UnknownId.
+        """The first chain's text as it is written, `{"text": ...}`, then what `DirectRecommender.recommend` gives for
+        a query with the `chains` beside it. Raises UnknownId.
 
         An item's score is log (1/M) sum over the M chains of p(item | chain).
         """

@@ -17,6 +17,7 @@ from ray.util.metrics import Counter, Histogram
 
 from actors import served_run
 from actors.recommender import MILLISECONDS
+from actors.request_batches import RequestBatches
 from actors.served_run import UnknownId
 from cluster import node_metrics
 from cluster.problem_details import Guard, Problem, answer_with_problems, described, event
@@ -72,6 +73,26 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
             except Exception as error:
                 raise as_problem(error, settings, missing) from error
 
+    async def recommended(queries: list[served_run.Query]) -> list[Any]:
+        return await asked(lambda: direct.recommend.remote(queries))
+
+    # One call for many requests: each costs Serve and both processes as much as several beam searches.
+    calls = settings.direct.ongoing_requests * (settings.direct.maximum or settings.direct.minimum)
+    direct_requests = RequestBatches(recommended, most=settings.batch_users, at_once=calls)
+
+    async def direct_result(query: served_run.Query) -> Any:
+        """What direct mode answers. A request whose client leaves before its call is made costs nothing."""
+        if len(direct_requests.waiting) >= settings.direct.queued_requests:
+            raise full(settings)
+        try:
+            async with asyncio.timeout(settings.timeout_seconds):
+                answer = await direct_requests.result(query)
+        except TimeoutError as error:
+            raise as_problem(error, settings, 422) from error
+        if isinstance(answer, UnknownId):
+            raise as_problem(answer, settings, 422)
+        return answer
+
     async def chains_and_result(query: served_run.Query) -> AsyncIterator[tuple[str, Any]]:
         """The events of reasoning mode; where a replica is lost on the way, another one begins anew."""
         deadline = asyncio.get_running_loop().time() + settings.timeout_seconds
@@ -98,7 +119,7 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
         started, status = time.monotonic(), 499
         try:
             if query.mode == "direct":
-                yield "result", await asked(lambda: direct.recommend.remote(query))
+                yield "result", await direct_result(query)
             else:
                 async for name, data in chains_and_result(query):
                     yield name, data
@@ -186,6 +207,12 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
     )
 
 
+def full(settings: ServingSettings) -> Problem:
+    """What a request is told for which there is no place to wait."""
+    later = {"Retry-After": str(settings.retry_after_seconds)}
+    return Problem(429, "too many requests wait for this mode", headers=later)
+
+
 def as_problem(error: BaseException, settings: ServingSettings, missing: int) -> Problem:
     """What a request is told of an error of the replicas; others are raised as they are."""
     later = {"Retry-After": str(settings.retry_after_seconds)}
@@ -193,7 +220,7 @@ def as_problem(error: BaseException, settings: ServingSettings, missing: int) ->
     if isinstance(cause, UnknownId):
         return Problem(missing, str(cause))
     if isinstance(cause, BackPressureError):
-        return Problem(429, "too many requests wait for this mode", headers=later)
+        return full(settings)
     if isinstance(cause, DeploymentUnavailableError):
         return Problem(503, "no replica of this mode is there at the moment", headers=later)
     if isinstance(cause, TimeoutError):

@@ -14,7 +14,9 @@ class ReplicaSettings(Section):
     maximum: int | None = Field(None, ge=1, description="Replicas that load may bring; null keeps to the minimum.")
     cpus: float = Field(0, ge=0, description="CPUs that Ray sets aside for each.")
     gpus: float = Field(0, ge=0, description="GPUs of each.")
-    ongoing_requests: int = Field(128, ge=1, description="Requests that a replica works on at once.")
+    ongoing_requests: int = Field(
+        128, ge=1, description="Requests that a replica works on at once; of direct mode, batches of such."
+    )
     queued_requests: int = Field(256, ge=0, description="Requests that wait beyond these; more are refused (429).")
 
     @model_validator(mode="after")
@@ -50,7 +52,9 @@ class ServingSettings(Section):
     api: ReplicaSettings = Field(
         default_factory=lambda: ReplicaSettings(ongoing_requests=1024), description="Replicas that speak HTTP."
     )
-    direct: ReplicaSettings = Field(default_factory=ReplicaSettings, description="Replicas of direct mode.")
+    direct: ReplicaSettings = Field(
+        default_factory=lambda: ReplicaSettings(ongoing_requests=4), description="Replicas of direct mode."
+    )
     reasoning: ReplicaSettings = Field(
         default_factory=lambda: ReplicaSettings(ongoing_requests=16, queued_requests=64),
         description="Replicas of reasoning mode.",

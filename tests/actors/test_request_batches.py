@@ -7,7 +7,7 @@ import pytest
 from actors.request_batches import RequestBatches
 
 
-def batches_of(most, wait_seconds=0.0):
+def batches_of(most, **options):
     """Batches whose work waits for `free`, doubles numbers and fails at 13; and the batches that were worked on."""
     done, free = [], asyncio.Event()
 
@@ -18,7 +18,7 @@ def batches_of(most, wait_seconds=0.0):
             raise ValueError("thirteen")
         return [2 * number for number in numbers]
 
-    return RequestBatches(work, most=most, wait_seconds=wait_seconds), done, free
+    return RequestBatches(work, most=most, **options), done, free
 
 
 async def begun(batches, numbers):
@@ -37,6 +37,20 @@ def test_what_comes_while_a_batch_is_worked_on_shares_the_next_one():
         assert await asyncio.gather(*first, *others) == [2, 4, 6, 8, 10, 12]
         assert done == [[1], [2, 3, 4], [5, 6]]
         assert await batches.result(7) == 14
+
+    asyncio.run(run())
+
+
+def test_several_batches_are_worked_on_at_once():
+    async def run():
+        batches, done, free = batches_of(most=8, at_once=2)
+        tasks = [task for number in range(1, 6) for task in await begun(batches, [number])]
+        assert done == [[1], [2]]
+        assert [number for number, _ in batches.waiting] == [3, 4, 5]
+        free.set()
+        assert await asyncio.gather(*tasks) == [2, 4, 6, 8, 10]
+        assert done == [[1], [2], [3, 4, 5]]
+        assert await asyncio.gather(batches.result(6), batches.result(7)) == [12, 14]
 
     asyncio.run(run())
 

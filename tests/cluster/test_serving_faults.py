@@ -20,7 +20,10 @@ from item_index.ragged import RaggedArray
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 NAMES = {"direct": "DirectRecommender", "reasoning": "ReasoningRecommender"}
-BUSY = ("serving.timeout_seconds=15", "serving.reasoning.ongoing_requests=1", "serving.reasoning.queued_requests=1")
+BUSY = (
+    "serving.timeout_seconds=15", "serving.direct.ongoing_requests=1", "serving.direct.queued_requests=2",
+    "serving.reasoning.ongoing_requests=1", "serving.reasoning.queued_requests=1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +54,10 @@ def load(service, mode):
 
     with ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(ask) for _ in range(2)]
-        yield answers
-        ended.set()
+        try:
+            yield answers
+        finally:
+            ended.set()
     for one in asking:
         one.result()
 
@@ -66,15 +71,16 @@ def frozen(process):
         os.kill(process.pid, signal.SIGCONT)
 
 
-def test_a_full_mode_refuses_and_the_other_goes_on(own_service):
-    (replica,) = own_service.replicas("ReasoningRecommender")
-    body = {"user_id": 1, "mode": "reasoning", "chains": 1}
+@pytest.mark.parametrize(("mode", "other"), [("direct", "reasoning"), ("reasoning", "direct")])
+def test_a_full_mode_refuses_and_the_other_goes_on(own_service, mode, other):
+    (replica,) = own_service.replicas(NAMES[mode])
+    body = {"user_id": 1, "mode": mode, "chains": 1}
     with ThreadPoolExecutor(6) as pool:
         with frozen(replica):
             waiting = [pool.submit(own_service.recommend, **body) for _ in range(6)]
-            own_service.wait_for(lambda: sum(one.done() for one in waiting) >= 4)
+            own_service.wait_for(lambda: sum(one.done() for one in waiting) >= 3)
             refused = [one.result() for one in waiting if one.done()]
-            assert own_service.recommend(user_id=1).status_code == 200
+            assert own_service.recommend(user_id=1, mode=other).status_code == 200
         answers = [one.result() for one in waiting]
     assert 429 in {answer.status_code for answer in refused}
     for answer in answers:
