@@ -76,14 +76,15 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
     async def recommended(queries: list[served_run.Query]) -> list[Any]:
         return await asked(lambda: direct.recommend.remote(queries))
 
-    # One call for many requests: each costs Serve and both processes as much as several beam searches.
+    # One call for many requests: each costs Serve and both processes about as much as a beam search.
     calls = settings.direct.ongoing_requests * (settings.direct.maximum or settings.direct.minimum)
     direct_requests = RequestBatches(recommended, most=settings.batch_users, at_once=calls)
 
     async def direct_result(query: served_run.Query) -> Any:
         """What direct mode answers. A request whose client leaves before its call is made costs nothing."""
-        if len(direct_requests.waiting) >= settings.direct.queued_requests:
-            raise full(settings)
+        # The next call's first request waits too, if only for an instant: without any place to wait none would be sent.
+        if len(direct_requests.waiting) >= max(1, settings.direct.queued_requests):
+            raise mode_is_full(settings)
         try:
             async with asyncio.timeout(settings.timeout_seconds):
                 answer = await direct_requests.result(query)
@@ -207,7 +208,7 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
     )
 
 
-def full(settings: ServingSettings) -> Problem:
+def mode_is_full(settings: ServingSettings) -> Problem:
     """What a request is told for which there is no place to wait."""
     later = {"Retry-After": str(settings.retry_after_seconds)}
     return Problem(429, "too many requests wait for this mode", headers=later)
@@ -220,7 +221,7 @@ def as_problem(error: BaseException, settings: ServingSettings, missing: int) ->
     if isinstance(cause, UnknownId):
         return Problem(missing, str(cause))
     if isinstance(cause, BackPressureError):
-        return full(settings)
+        return mode_is_full(settings)
     if isinstance(cause, DeploymentUnavailableError):
         return Problem(503, "no replica of this mode is there at the moment", headers=later)
     if isinstance(cause, TimeoutError):
