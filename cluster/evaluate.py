@@ -70,7 +70,9 @@ def run_evaluate(
         rewards: RewardPool | None = None
         for version, (stage, checkpoint) in enumerate(checkpoints.items()):
             model = str(checkpoint.resolve())
-            ranker = RankingActor.options(num_cpus=0, **threads).remote(model, index, threads=cluster.threads)
+            ranker = RankingActor.options(num_cpus=0, num_gpus=cluster.ranking_gpus, **threads).remote(
+                model, index, threads=cluster.threads
+            )
             if "direct" in evaluation.modes:
                 results[f"direct_{stage}"] = measured(direct_rankings(settings, direct, ranker, bar))
             if "reasoning" in evaluation.modes:

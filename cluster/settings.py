@@ -104,6 +104,9 @@ class ClusterSettings(Section):
     )
     index_worker_cpus: float = Field(1, gt=0, description="CPUs of each of them.")
     index_worker_gpus: float = Field(0, ge=0, description="GPUs of each actor that embeds.")
+    ranking_gpus: float = Field(
+        0, ge=0, description="GPUs of evaluation's beam search, beside those of its engines; 0 searches on the CPU."
+    )
     maximum_restarts: int = Field(
         3, ge=0, description="Times in a row that an engine, a reward worker or the learner may be started anew."
     )

@@ -15,9 +15,10 @@ from transformers import DynamicCache
 
 from item_index.constraint import AnswerConstraint
 from item_index.exclusion import ExcludedItems
-from item_index.trie import NO_ITEM, NO_NODE, ROOT, ItemTrie
+from item_index.trie import NO_ITEM, ROOT, ItemTrie
 
 NEVER = float("-inf")
+NOTHING_CHOSEN = -1
 
 
 @torch.inference_mode()
@@ -30,7 +31,7 @@ def beam_search(
     width: int,
     terminator: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best items after each prompt, best first.
+    """The best items after each prompt, best first; the language model's device computes.
 
     Args:
         prompts: token ids per user; the next token opens the answer's semantic ID.
@@ -41,88 +42,105 @@ def beam_search(
         items int32 [U, width] (-1 where fewer remain) and scores float32 [U, width], log p(item) under the constraint.
         Excluded items are passed over but keep their share of the probability, which leaves the order of the others.
     """
-    trie, tokens = constraint.trie, constraint.tokens
+    trie, tokens, device = constraint.trie, constraint.tokens, language_model.device
     users, width = len(prompts), min(width, trie.items)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = int(lengths.max())
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(prompt_lengths.max())
     input_ids = torch.zeros(users, longest, dtype=torch.int64)
     for user, prompt in enumerate(prompts):
         input_ids[user, : len(prompt)] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
-    prompt_valid = torch.arange(longest)[None, :] < lengths[:, None]
+    lengths = prompt_lengths.to(device)
+    prompt_valid = torch.arange(longest, device=device)[None, :] < lengths[:, None]
     cache = DynamicCache(config=language_model.config)
     hidden = language_model.base_model(
-        input_ids=input_ids, attention_mask=prompt_valid.long(), past_key_values=cache, use_cache=True
+        input_ids=input_ids.to(device), attention_mask=prompt_valid.long(), past_key_values=cache, use_cache=True
     ).last_hidden_state
-    hidden_UWH = hidden[torch.arange(users), lengths - 1][:, None]
+    hidden_UWH = hidden[torch.arange(users, device=device), lengths - 1][:, None]
     head_VH = language_model.get_output_embeddings().weight
     seen = ExcludedItems.of(trie, excluded)
 
-    nodes = torch.full((users, 1), ROOT)
-    scores = torch.zeros(users, 1)
-    final_scores = torch.full((users, width), NEVER)
-    final_items = torch.full((users, width), NO_ITEM)
-    ancestors = torch.zeros(users, 1, 0, dtype=torch.bool)
+    # The trie and what is asked of it stay on the host: a level sends what each beam allows to the device in one array
+    # and takes back which children were chosen.
+    nodes_UW = np.full((users, 1), ROOT)
+    alive_UW = np.ones((users, 1), dtype=bool)
+    scores = torch.zeros(users, 1, device=device)
+    final_scores = torch.full((users, width), NEVER, device=device)
+    final_items = torch.full((users, width), NO_ITEM, device=device)
+    ancestors = torch.zeros(users, 1, 0, dtype=torch.bool, device=device)
     for level, level_tokens in enumerate(tokens.code_tokens):
-        alive = torch.isfinite(scores)
-        if not bool(alive.any()):
-            break
         # Logits of this level's codes and of the terminator; what is allowed at each beam's node is renormalised over.
-        columns = torch.cat([torch.from_numpy(level_tokens), torch.tensor([terminator])])
+        columns = torch.from_numpy(np.append(level_tokens, terminator)).to(device)
         logits = (hidden_UWH @ head_VH[columns].T).float()
         codes = len(level_tokens)
-        table, open_ = _child_tables(trie, seen, nodes.numpy(), alive.numpy(), codes)
-        items_here = torch.from_numpy(trie.item(nodes.numpy()))
-        ends = (items_here != NO_ITEM) & alive
-        permitted = torch.cat([table >= 0, ends[..., None]], dim=-1)
+        items_UW = np.where(alive_UW, trie.item(nodes_UW), NO_ITEM)
+        child_nodes_N, places_N = _children(trie, nodes_UW, alive_UW, codes)
+        allowed = _allowed_codes(trie, seen, nodes_UW, items_UW, child_nodes_N, places_N, codes)
+        permitted, open_ = torch.from_numpy(allowed).to(device)
         log_p = logits.masked_fill(~permitted, NEVER)
         log_p = torch.where(permitted, log_p - log_p.logsumexp(dim=-1, keepdim=True), NEVER) + scores[..., None]
 
-        end_items = torch.where(ends, items_here, NO_ITEM)
-        seen_here = torch.from_numpy(seen.holds_item_at(trie, np.arange(users)[:, None], nodes.numpy()))
-        end_scores = torch.where(ends & ~seen_here, log_p[..., -1], NEVER)
-        child_scores = torch.where(open_, log_p[..., :-1], NEVER).flatten(1)
+        end_scores = torch.where(open_[..., -1], log_p[..., -1], NEVER)
+        child_scores = torch.where(open_[..., :-1], log_p[..., :-1], NEVER).flatten(1)
         scores, chosen = child_scores.topk(min(width, child_scores.shape[1]), dim=1)
-        nodes = torch.where(torch.isfinite(scores), table.flatten(1).gather(1, chosen), ROOT)
+        chosen_UW = torch.where(torch.isfinite(scores), chosen, NOTHING_CHOSEN).cpu().numpy()
+        found_UW = chosen_UW != NOTHING_CHOSEN
+        first_places_U1 = codes * nodes_UW.shape[1] * np.arange(users)[:, None]
+        children_UW = np.searchsorted(places_N, np.where(found_UW, first_places_U1 + chosen_UW, 0))
+        nodes_UW = np.where(found_UW, child_nodes_N[children_UW], ROOT)
         # An item without further children ends here with certainty.
-        leaf = torch.from_numpy(trie.child_count(nodes.numpy()) == 0) & torch.isfinite(scores)
-        leaf_items = torch.where(leaf, torch.from_numpy(trie.item(nodes.numpy())), NO_ITEM)
+        leaf_UW = (trie.child_count(nodes_UW) == 0) & found_UW
+        leaf_items = torch.from_numpy(np.where(leaf_UW, trie.item(nodes_UW), NO_ITEM)).to(device)
+        leaf = leaf_items != NO_ITEM
         pool_scores = torch.cat([final_scores, end_scores, torch.where(leaf, scores, NEVER)], dim=1)
-        pool_items = torch.cat([final_items, end_items, leaf_items], dim=1)
+        pool_items = torch.cat([final_items, torch.from_numpy(items_UW).to(device), leaf_items], dim=1)
         final_scores, kept = pool_scores.topk(width, dim=1)
         final_items = torch.where(torch.isfinite(final_scores), pool_items.gather(1, kept), NO_ITEM)
         scores = scores.masked_fill(leaf, NEVER)
-        if not bool(torch.isfinite(scores).any()):
+        alive_UW = found_UW & ~leaf_UW
+        if not alive_UW.any():
             break
 
-        beams = nodes.shape[1]
+        beams = nodes_UW.shape[1]
         parent = chosen // codes
         earlier = ancestors.gather(1, parent[..., None].expand(-1, -1, ancestors.shape[2]))
-        ancestors = torch.cat([earlier, torch.eye(beams, dtype=torch.bool).expand(users, -1, -1)], dim=2)
+        itself = torch.eye(beams, dtype=torch.bool, device=device).expand(users, -1, -1)
+        ancestors = torch.cat([earlier, itself], dim=2)
         visible = torch.cat([prompt_valid[:, None].expand(-1, beams, -1), ancestors], dim=2)
         # The next beams' parents are these beams: ancestors of the level before stand under their own places.
         hidden_UWH = language_model.base_model(
-            input_ids=torch.from_numpy(level_tokens)[chosen % codes],
+            input_ids=columns[chosen % codes],
             attention_mask=visible[:, None],
             position_ids=(lengths[:, None] + level).expand(-1, beams),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-    return final_items.numpy().astype(np.int32), final_scores.numpy()
+    return final_items.cpu().numpy().astype(np.int32), final_scores.cpu().numpy()
 
 
-def _child_tables(
-    trie: ItemTrie, seen: ExcludedItems, nodes_UW: np.ndarray, alive_UW: np.ndarray, codes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Child node by code, int64 [U, W, codes] (-1 where there is none), and whether an unseen item lies there."""
+def _children(trie: ItemTrie, nodes_UW: np.ndarray, alive_UW: np.ndarray, codes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The children of all beams, int64 [N] nodes, and rising int64 [N] places, beam of all users x codes + code."""
     beams = np.flatnonzero(alive_UW)
     child_nodes, offsets = trie.children(nodes_UW.reshape(-1)[beams])
-    child_beams = np.repeat(beams, np.diff(offsets))
-    table = np.full((nodes_UW.size, codes), NO_NODE, dtype=np.int64)
-    table[child_beams, trie.code[child_nodes]] = child_nodes
-    open_ = np.zeros(table.shape, dtype=bool)
-    open_[child_beams, trie.code[child_nodes]] = seen.open(trie, child_beams // nodes_UW.shape[1], child_nodes)
-    shape = (*nodes_UW.shape, codes)
-    return torch.from_numpy(table.reshape(shape)), torch.from_numpy(open_.reshape(shape))
+    return child_nodes, np.repeat(beams * codes, np.diff(offsets)) + trie.code[child_nodes]
+
+
+def _allowed_codes(
+    trie: ItemTrie, seen: ExcludedItems, nodes_UW: np.ndarray, items_UW: np.ndarray, child_nodes_N: np.ndarray,
+    places_N: np.ndarray, codes: int,
+) -> np.ndarray:  # fmt: skip
+    """bool [2, U, W, codes + 1]: whether the trie has each code below a beam, and whether an unseen item lies there.
+
+    The last column is the terminator, for the item that ends at a beam's node (-1 in `items_UW` where none does).
+    """
+    users, width = nodes_UW.shape
+    beams_N, codes_N = np.divmod(places_N, codes)
+    allowed = np.zeros((2, users * width, codes + 1), dtype=bool)
+    allowed[0, beams_N, codes_N] = True
+    allowed[1, beams_N, codes_N] = seen.open(trie, beams_N // width, child_nodes_N)
+    allowed = allowed.reshape(2, users, width, codes + 1)
+    allowed[0, ..., -1] = items_UW != NO_ITEM
+    allowed[1, ..., -1] = allowed[0, ..., -1] & ~seen.holds_item_at(trie, np.arange(users)[:, None], nodes_UW)
+    return allowed
 
 
 def merge_chains(

@@ -1,10 +1,12 @@
 """Beam search against the enumeration of all items, one plain forward pass each; merging against a dictionary."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,14 +42,20 @@ def prompts(tiny):
     return built
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def language_model(tiny, request):
+    """The tiny model on a device; what is expected of it is computed on the CPU."""
+    return copy.deepcopy(tiny.model).to(request.param)
+
+
 @pytest.mark.parametrize("end", ["end_of_sequence", "answer_close"])
-def test_a_beam_as_wide_as_the_catalogue_ranks_as_enumeration_does(tiny, prompts, end):
+def test_a_beam_as_wide_as_the_catalogue_ranks_as_enumeration_does(tiny, language_model, prompts, end):
     terminator = getattr(tiny.constraint.tokens, end)
     trie = tiny.constraint.trie
     ends = trie.walk(tiny.index.codes_IL[[5, 9]], tiny.index.lengths_I[[5, 9]])
     assert trie.child_count(ends).tolist() == [2, 2], "items that begin others belong into this test"
     items, scores = beam_search(
-        tiny.model, tiny.constraint, prompts, [[]] * len(prompts), width=len(tiny.index) + 5, terminator=terminator
+        language_model, tiny.constraint, prompts, [[]] * len(prompts), width=len(tiny.index) + 5, terminator=terminator
     )
     assert items.shape == scores.shape == (len(prompts), len(tiny.index))
     assert items.dtype == np.int32
@@ -60,7 +68,7 @@ def test_a_beam_as_wide_as_the_catalogue_ranks_as_enumeration_does(tiny, prompts
         assert (np.diff(scores[user]) <= 0).all()
 
 
-def test_excluded_items_are_passed_over_and_the_others_keep_their_scores(tiny, prompts):
+def test_excluded_items_are_passed_over_and_the_others_keep_their_scores(tiny, language_model, prompts):
     terminator = tiny.constraint.tokens.end_of_sequence
     # An item that begins others without them, one below such an item, a whole group of colliding items, nothing.
     colliding = [
@@ -69,7 +77,7 @@ def test_excluded_items_are_passed_over_and_the_others_keep_their_scores(tiny, p
     assert {0, 1, 2} <= set(colliding)
     excluded = [[5], [30, 9], colliding, []]
     items, scores = beam_search(
-        tiny.model, tiny.constraint, prompts, excluded, width=len(tiny.index), terminator=terminator
+        language_model, tiny.constraint, prompts, excluded, width=len(tiny.index), terminator=terminator
     )
     for user, prompt in enumerate(prompts):
         left = sorted(set(range(len(tiny.index))) - set(excluded[user]))
@@ -82,14 +90,14 @@ def test_excluded_items_are_passed_over_and_the_others_keep_their_scores(tiny, p
 
 
 @pytest.mark.parametrize("width", [1, 4, 12])
-def test_a_narrow_beam_repeats_nothing_and_is_the_same_in_a_batch_and_one_by_one(tiny, prompts, width):
+def test_a_narrow_beam_repeats_nothing_and_is_the_same_in_a_batch_and_one_by_one(tiny, language_model, prompts, width):
     terminator = tiny.constraint.tokens.end_of_sequence
     excluded = [[3, 4], [], [9], [5, 6, 7]]
-    items, scores = beam_search(tiny.model, tiny.constraint, prompts, excluded, width=width, terminator=terminator)
+    items, scores = beam_search(language_model, tiny.constraint, prompts, excluded, width=width, terminator=terminator)
     assert items.shape == (len(prompts), width)
     for user, prompt in enumerate(prompts):
         alone, alone_scores = beam_search(
-            tiny.model, tiny.constraint, [prompt], [excluded[user]], width=width, terminator=terminator
+            language_model, tiny.constraint, [prompt], [excluded[user]], width=width, terminator=terminator
         )
         assert items[user].tolist() == alone[0].tolist()
         np.testing.assert_allclose(scores[user], alone_scores[0], atol=1e-4)
@@ -149,12 +157,12 @@ def test_an_item_that_all_chains_know_outranks_one_that_a_single_chain_prefers()
     np.testing.assert_allclose(np.exp(merged_scores), [[0.4, 0.3, 0.1]], rtol=1e-5)
 
 
-def test_more_answers_than_items_give_fewer(tiny):
+def test_more_answers_than_items_give_fewer(tiny, language_model):
     """Asked for more than exist, beam search leaves places empty and never invents an item."""
     prompt = np.array(tiny.builder.prompt([1, 2], "direct"))
     seen = np.arange(3, len(tiny.index))
     items, scores = beam_search(
-        tiny.model, tiny.constraint, [prompt], [seen], width=10, terminator=tiny.constraint.tokens.end_of_sequence
+        language_model, tiny.constraint, [prompt], [seen], width=10, terminator=tiny.constraint.tokens.end_of_sequence
     )
     assert sorted(items[0, :3].tolist()) == [0, 1, 2]
     assert (items[0, 3:] == -1).all()

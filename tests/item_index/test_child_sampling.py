@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import CUDA
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,18 +40,24 @@ def expected_distribution(rows, prefix, excluded, logits, code_tokens, *, termin
     return dict(zip(allowed, weights / weights.sum(), strict=True))
 
 
-# The compiled loop and the torch operations are two implementations of one formula.
-both_implementations = pytest.mark.parametrize("compiled", [True, False])
+# The compiled loop and the torch operations are two implementations of one formula; only the latter run on a GPU.
+all_implementations = pytest.mark.parametrize("device", ["compiled", "cpu", CUDA])
 
 
-@both_implementations
+def sampler_on(device, trie, code_tokens, index_version="v1"):
+    """The sampler of an implementation, and the torch device that its arguments have to be on."""
+    compiled, device = device == "compiled", "cpu" if device == "compiled" else device
+    return ChildSampler(trie, code_tokens, index_version=index_version, compiled=compiled, device=device), device
+
+
+@all_implementations
 @given(ROWS, st.integers(0, 2**32 - 1), st.booleans(), st.booleans(), st.sampled_from([1.0, 0.5]))
-def test_the_shares_of_the_randomness_are_the_probabilities(compiled, rows, seed, in_order, terminator, temperature):
+def test_the_shares_of_the_randomness_are_the_probabilities(device, rows, seed, in_order, terminator, temperature):
     """A fine grid of uniform values falls on each token as often as its probability says."""
     generator = np.random.default_rng(seed)
     trie = build(rows)
     code_tokens = tokens_of_codes(generator, in_order=in_order)
-    sampler = ChildSampler(trie, code_tokens, index_version="v1", compiled=compiled)
+    sampler, place = sampler_on(device, trie, code_tokens)
     prefix = generator.choice(len(rows))
     prefix = rows[prefix][: generator.integers(0, len(rows[prefix]) + 1)]
     excluded = generator.permutation(len(rows))[: generator.integers(0, len(rows))].tolist()
@@ -63,9 +70,9 @@ def test_the_shares_of_the_randomness_are_the_probabilities(compiled, rows, seed
 
     def sample():
         return sampler.sample_children(
-            torch.from_numpy(logits).expand(grid, -1).contiguous(),
-            torch.from_numpy(np.repeat(nodes, grid)),
-            uniform_B=(torch.arange(grid, dtype=torch.float64) + 0.5) / grid,
+            torch.from_numpy(logits).to(place).expand(grid, -1).contiguous(),
+            torch.from_numpy(np.repeat(nodes, grid)).to(place),
+            uniform_B=(torch.arange(grid, dtype=torch.float64, device=place) + 0.5) / grid,
             temperature=temperature,
             terminator=TERMINATOR if terminator else None,
             excluded=ExcludedItems.of(trie, [excluded] * grid),
@@ -76,7 +83,7 @@ def test_the_shares_of_the_randomness_are_the_probabilities(compiled, rows, seed
             sample()
         return
     sampled = sample()
-    tokens, counts = np.unique(sampled.tokens.numpy(), return_counts=True)
+    tokens, counts = np.unique(sampled.tokens.cpu().numpy(), return_counts=True)
     assert set(tokens.tolist()) <= set(expected)
     for token, probability in expected.items():
         count = counts[tokens == token].sum()
@@ -92,18 +99,19 @@ def test_the_shares_of_the_randomness_are_the_probabilities(compiled, rows, seed
             assert trie.prefix(child) == (*prefix, code)
 
 
-@both_implementations
+@all_implementations
 @given(ROWS, st.integers(0, 2**32 - 1))
-def test_a_batch_of_different_nodes_is_each_row_by_itself(compiled, rows, seed):
+def test_a_batch_of_different_nodes_is_each_row_by_itself(device, rows, seed):
     generator = np.random.default_rng(seed)
     trie = build([(*row, 0) for row in rows])  # no item begins another, and inner nodes all go on
     inner = np.flatnonzero(trie.child_count(np.arange(trie.nodes)) > 0)
-    nodes = torch.from_numpy(generator.choice(inner, size=20))
     code_tokens = [*tokens_of_codes(generator, in_order=True), np.arange(34, 40)]
-    sampler = ChildSampler(trie, code_tokens, index_version="v1", compiled=compiled)
+    sampler, place = sampler_on(device, trie, code_tokens)
+    nodes = torch.from_numpy(generator.choice(inner, size=20)).to(place)
     # Logits whose scales differ by orders of magnitude between rows must not disturb one another.
-    logits = torch.from_numpy(generator.normal(size=(20, VOCABULARY)) * 10.0 ** generator.integers(-2, 3, (20, 1)))
-    uniform = torch.from_numpy(generator.random(20))
+    scales = 10.0 ** generator.integers(-2, 3, (20, 1))
+    logits = torch.from_numpy(generator.normal(size=(20, VOCABULARY)) * scales).to(place)
+    uniform = torch.from_numpy(generator.random(20)).to(place)
     together = sampler.sample_children(logits, nodes, uniform_B=uniform)
     for row in range(20):
         alone = sampler.sample_children(logits[row : row + 1], nodes[row : row + 1], uniform_B=uniform[row : row + 1])
@@ -206,12 +214,13 @@ def test_whole_items_are_drawn_as_enumeration_says():
     assert chisquare(counts[kept], probabilities[kept] * draws).pvalue > 0.001
 
 
-@both_implementations
-def test_an_empty_allowed_set_names_the_prefix_and_the_version(compiled):
+@all_implementations
+def test_an_empty_allowed_set_names_the_prefix_and_the_version(device):
     trie = build([(0, 1), (0, 2), (3, 0)])
-    sampler = ChildSampler(trie, [np.arange(5), np.arange(5, 10)], index_version="4f1c", compiled=compiled)
+    sampler, place = sampler_on(device, trie, [np.arange(5), np.arange(5, 10)], index_version="4f1c")
     with pytest.raises(NothingAllowed, match=r"row 1: nothing may follow the codes \[0\] in index version 4f1c"):
         sampler.sample_children(
-            torch.zeros(2, 10), torch.from_numpy(trie.walk(np.array([[3], [0]]))),
-            uniform_B=torch.zeros(2, dtype=torch.float64), excluded=ExcludedItems.of(trie, [None, [0, 1]]),
+            torch.zeros(2, 10, device=place), torch.from_numpy(trie.walk(np.array([[3], [0]]))).to(place),
+            uniform_B=torch.zeros(2, dtype=torch.float64, device=place),
+            excluded=ExcludedItems.of(trie, [None, [0, 1]]),
         )  # fmt: skip

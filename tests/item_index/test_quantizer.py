@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import CUDA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
@@ -276,6 +277,28 @@ def test_fits_are_deterministic_and_agree_with_their_codes(items: int, seed: int
         assert not balanced or (sizes.min() == items // len(book) and sizes.max() == -(-items // len(book)))
     if not balanced:
         np.testing.assert_array_equal(first.encode(vectors), first.training_codes_IH)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_device_fits_as_well_as_the_cpu_and_always_the_same_and_gives_the_same_codes(
+    device: str, balanced: bool
+) -> None:
+    vectors = clustered(items=2 * BLOCK_ROWS + 5, dimensions=16)
+    sizes = (32, 32, 32)
+    on_cpu, on_device, again = (
+        ResidualKMeans.fit(vectors, sizes, seed=0, balanced=balanced, device=where) for where in ("cpu", device, device)
+    )
+    np.testing.assert_array_equal(on_device.training_codes_IH, again.training_codes_IH)
+    # Rounding differs between devices, and a row that falls to another code changes what follows.
+    errors = [quantizer.summaries[-1].mean_squared_residual for quantizer in (on_device, on_cpu)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+    if balanced:
+        for level, size in enumerate(sizes):
+            counts = np.bincount(on_device.training_codes_IH[:, level], minlength=size)
+            assert {len(vectors) // size, -(-len(vectors) // size)} >= set(counts.tolist())
+    newcomers = clustered(items=BLOCK_ROWS + 1, dimensions=16, seed=1)
+    np.testing.assert_array_equal(on_cpu.encode(newcomers, device=device), on_cpu.encode(newcomers))
 
 
 def test_another_seed_gives_another_start() -> None:

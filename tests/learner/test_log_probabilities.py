@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import allowed_tokens, policy_of
@@ -86,8 +87,9 @@ def listed_sets(draw):
     return size, [sorted(allowed) for allowed in sets], [draw(st.sampled_from(sorted(allowed))) for allowed in sets]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(listed_sets(), st.sampled_from([torch.float64, torch.float32]), st.floats(0.3, 3.0), st.integers(0, 999))
-def test_constrained_values_and_valid_mass_are_those_of_the_masked_vocabulary(case, dtype, temperature, seed):
+def test_constrained_values_and_valid_mass_are_those_of_the_masked_vocabulary(device, case, dtype, temperature, seed):
     vocabulary, sets, targets = case
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(len(sets), 8, generator=generator, dtype=torch.float64)
@@ -100,12 +102,13 @@ def test_constrained_values_and_valid_mass_are_those_of_the_masked_vocabulary(ca
     mass = whole.masked_fill(~mask, float("-inf")).logsumexp(dim=1)
 
     allowed = AllowedTokens(np.full(len(sets), -1, dtype=np.int8), RaggedArray.of(sets, np.int64))
-    hidden, head, bound = hidden.to(dtype), head.to(dtype), 1e-10 if dtype == torch.float64 else 2e-5
+    hidden, head, targets_T = hidden.to(device, dtype), head.to(device, dtype), targets_T.to(device)
+    bound = 1e-10 if dtype == torch.float64 else 2e-5
     none = torch.zeros(0, vocabulary, dtype=torch.bool)
     values = allowed_log_probabilities(hidden, head, targets_T, allowed, none, temperature=temperature)
-    torch.testing.assert_close(values.double(), masked, rtol=bound, atol=bound)
+    torch.testing.assert_close(values.cpu().double(), masked, rtol=bound, atol=bound)
     found = log_valid_masses(hidden, head, targets_T, values, temperature=temperature)
-    torch.testing.assert_close(found.double(), mass, rtol=bound, atol=bound)
+    torch.testing.assert_close(found.cpu().double(), mass, rtol=bound, atol=bound)
 
 
 def test_listed_tokens_come_on_top_of_the_free_text_set():
@@ -121,15 +124,16 @@ def test_listed_tokens_come_on_top_of_the_free_text_set():
 
 
 @pytest.mark.parametrize("free_text", [-1, 0])
-def test_a_target_outside_its_allowed_set_is_an_error(free_text):
-    hidden, head = random_head(tokens=2)
-    masks = torch.zeros(2, 12, dtype=torch.bool)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_target_outside_its_allowed_set_is_an_error(free_text, device):
+    hidden, head = (states.to(device) for states in random_head(tokens=2))
+    masks = torch.zeros(2, 12, dtype=torch.bool, device=device)
     masks[0, [1, 2]] = True
     listed = [[5, 6], [5, 6]] if free_text < 0 else [[], []]
     allowed = AllowedTokens(np.full(2, free_text, dtype=np.int8), RaggedArray.of(listed, np.int64))
     inside = 5 if free_text < 0 else 1
     with pytest.raises(ValueError, match="position 1: token 9 is outside its allowed set"):
-        allowed_log_probabilities(hidden, head, torch.tensor([inside, 9]), allowed, masks)
+        allowed_log_probabilities(hidden, head, torch.tensor([inside, 9], device=device), allowed, masks)
 
 
 def test_a_wrong_number_of_allowed_sets_is_an_error():
@@ -142,8 +146,9 @@ def test_a_wrong_number_of_allowed_sets_is_an_error():
 @pytest.mark.parametrize("positions_of_a_chunk", [1, 3, 100])
 @pytest.mark.parametrize("kept_bytes", [0, 10**6])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("device", DEVICES)
 def test_values_and_gradients_over_the_vocabulary_are_those_of_all_logits_in_any_chunk(
-    monkeypatch, positions_of_a_chunk, kept_bytes, temperature
+    monkeypatch, positions_of_a_chunk, kept_bytes, temperature, device
 ):
     monkeypatch.setattr(log_probabilities, "CHUNK_BYTES", positions_of_a_chunk * 12 * 8)
     monkeypatch.setattr(log_probabilities, "KEPT_BYTES", kept_bytes)
@@ -162,7 +167,9 @@ def test_values_and_gradients_over_the_vocabulary_are_those_of_all_logits_in_any
     for row, tokens in enumerate(listed):
         mask[row, tokens] = True
     slow = logits.masked_fill(~mask, float("-inf")).log_softmax(dim=-1)[torch.arange(7), targets]
-    fast = allowed_log_probabilities(hidden, head, targets, allowed, masks, temperature=temperature)
+    fast = allowed_log_probabilities(
+        hidden.to(device), head.to(device), targets.to(device), allowed, masks.to(device), temperature=temperature
+    ).cpu()
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
     expected = torch.autograd.grad((weights * slow).sum(), (hidden, head))
     for one, other in zip(torch.autograd.grad((weights * fast).sum(), (hidden, head)), expected, strict=True):
