@@ -61,3 +61,17 @@ def service(supervised):
     service = Service(supervised[0])
     yield service
     service.stop()
+
+
+@pytest.fixture(scope="session")
+def demo_service():
+    """`gream serve` of what the README's demo has trained in `runs/ml-100k`; without it what asks for it is skipped."""
+    from served import Service
+    from train_runs import ROOT
+
+    run = ROOT / "runs" / "ml-100k"
+    if not (run / "train" / "checkpoint").exists():
+        pytest.skip("the README's demo has not been run here (make demo)")
+    service = Service(run, "serving.checkpoint=srpo")
+    yield service
+    service.stop()

@@ -20,10 +20,10 @@ PATIENCE = 400
 
 
 class Service:
-    """The supervised checkpoint of a small run, behind KEYS."""
+    """A run's supervised checkpoint, or the one that the overrides name, behind KEYS."""
 
     def __init__(self, run, *overrides, log=None):
-        self.log = log
+        self.run, self.log = Path(run), log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -64,8 +64,12 @@ class Service:
         return self.client.stream("POST", "/v1/recommend", json={**body, "stream": True})
 
     def replicas(self, name):
+        return self.processes(f"ServeReplica:gream:{name}")
+
+    def processes(self, name):
+        """Those of Ray's processes below the service whose name holds this."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if f"ServeReplica:gream:{name}" in command_of(child)]
+        return [child for child in children if name in command_of(child)]
 
     def logs(self):
         """The log files of Ray's session, those of all replicas among them."""

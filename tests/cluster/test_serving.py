@@ -64,6 +64,31 @@ def test_reasoning_streams_the_chain_that_its_result_names(service, corpus):
     assert text.replace(" ", "").startswith(result["chains"][0]["think"].replace(" ", "")[:20])
 
 
+def test_the_demos_checkpoint_answers_in_both_modes(demo_service):
+    corpus = load_corpus(demo_service.run / "corpus", demo_service.run / "index")
+    row_of = {item: row for row, item in enumerate(corpus.catalogue.item_ids)}
+
+    def assert_a_list_for(user, answer):
+        rows = [row_of[item["item_id"]] for item in answer["items"]]
+        assert len(set(rows)) == len(rows) == 10
+        assert not {*rows} & {*corpus.sequences.sequence(corpus.sequences.user_ids.index(user)).tolist()}
+        assert (np.diff([item["score"] for item in answer["items"]]) <= 0).all()
+        assert answer["versions"]["checkpoint"].startswith("train-")
+
+    for user in corpus.sequences.user_ids[:20]:
+        assert_a_list_for(user, demo_service.recommend(user_id=user).json())
+    for user in corpus.sequences.user_ids[:3]:
+        with demo_service.stream(user_id=user, mode="reasoning", chains=4, seed=0) as response:
+            *chain, (name, result) = events(response.iter_lines())
+        assert name == "result"
+        assert {name for name, _ in chain} == {"chain"}
+        assert_a_list_for(user, result)
+        assert len(result["chains"]) == 4
+        # What the demo's supervised rows have taught it to write.
+        assert all(part in result["chains"][0]["think"] for part in ("Evidence:", "Preference:", "Intent:"))
+        assert {item["item_id"] for item in result["chains"][0]["rewritten_history"]} <= row_of.keys()
+
+
 def test_a_list_ends_where_no_item_is_left(service, corpus):
     ids = list(corpus.catalogue.item_ids)
     for mode in ("direct", "reasoning"):

@@ -121,6 +121,27 @@ def test_a_killed_replica_costs_no_wrong_answer(own_service, mode):
     assert replica.pid not in [other.pid for other in own_service.replicas(NAMES[mode])]
 
 
+@pytest.mark.parametrize("name", ["ServeReplica:gream:RecommendationInterface", "ProxyActor"])
+def test_a_killed_interface_or_proxy_comes_back(own_service, name):
+    """What they had under way is lost, as documented; what is answered is right, and soon all is again."""
+    before = own_service.recommend(user_id=1).json()
+    (process,) = own_service.processes(name)
+    os.kill(process.pid, signal.SIGKILL)
+    answers = []
+
+    def is_back():
+        try:
+            answers.append(own_service.recommend(user_id=1))
+        except httpx.TransportError:
+            return False
+        return len(answers) > 3 and all(answer.status_code == 200 for answer in answers[-3:])
+
+    own_service.wait_for(is_back)
+    assert {answer.status_code for answer in answers} <= {200, 404, 500, 503}
+    assert all(answer.json() == before for answer in answers if answer.status_code == 200)
+    assert process.pid not in [other.pid for other in own_service.processes(name)]
+
+
 def test_another_checkpoint_takes_over_without_a_failed_request(own_service, run):
     file = run / "sft" / "checkpoint" / "model.safetensors"
     weights = safetensors.torch.load_file(file)

@@ -1,6 +1,7 @@
 """The page in a headless browser: a typed history, both modes, keyboard alone, errors, phone width, dark."""
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 from served import KEYS
@@ -25,6 +26,12 @@ def browser():
 
 @pytest.fixture
 def page(browser, service):
+    with opened(browser, service) as page:
+        yield page
+
+
+@contextmanager
+def opened(browser, service):
     """The page, with a key; what the console complains of is in `page.complaints`."""
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
@@ -34,8 +41,10 @@ def page(browser, service):
     page.on("request", lambda request: page.addresses.append(request.url))
     page.goto(service.url)
     page.get_by_label("API key").fill(KEYS[1])
-    yield page
-    page.close()
+    try:
+        yield page
+    finally:
+        page.close()
 
 
 def type_history(page, *titles):
@@ -75,6 +84,28 @@ def test_a_typed_history_is_answered_in_both_modes(page, service):
     assert "checkpoint sft-" in page.locator("#versions").inner_text()
     assert page.complaints == []
     assert all(address.startswith(service.url) or address.startswith("data:") for address in page.addresses)
+
+
+def test_the_demos_checkpoint_recommends_after_a_typed_history(browser, demo_service):
+    with opened(browser, demo_service) as page:
+        type_history(page, "star wars", "return of the jedi")
+        assert page.locator("#history li").all_inner_texts()[0].startswith("Star Wars (1977)")
+        page.get_by_role("button", name="Recommend").click()
+        found = demo_service.client.get("/v1/items", params={"title": "return of the jedi"}).json()
+        history = [demo_service.client.get("/v1/items", params={"title": "star wars"}).json()[0], found[0]]
+        expected = demo_service.recommend(history=[item["item_id"] for item in history], k=10).json()["items"]
+        assert listed(page) == [item["title"] for item in expected]
+        page.get_by_label("Reasoning").check()
+        page.get_by_role("button", name="Recommend").click()
+        page.locator("#steps li").first.wait_for()
+        assert len(listed(page)) == 10
+        assert "checkpoint train-" in page.locator("#versions").inner_text()
+        page.get_by_label("User").fill("nobody")
+        page.get_by_label("User").press("Tab")
+        page.get_by_role("alert").wait_for()
+        assert page.get_by_role("alert").inner_text() == "there is no user 'nobody'"
+        # The browser itself notes the refused lookup; the page has nothing to complain of.
+        assert [text for text in page.complaints if "404" not in text] == []
 
 
 def test_a_user_is_asked_about_with_the_whole_history(page, service):
