@@ -29,7 +29,7 @@ from cluster.recommendation_models import (
     RecommendResponse,
     request_model,
 )
-from cluster.serving_settings import ServingSettings
+from cluster.serving_settings import ReplicaSettings, ServingSettings
 
 PAGE = Path(__file__).parent / "page"
 OPEN_PATHS = ("/", "/page/", "/docs", "/openapi.json", "/healthz", "/readyz")
@@ -77,14 +77,14 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
         return await asked(lambda: direct.recommend.remote(queries))
 
     # One call for many requests: each costs Serve and both processes about as much as a beam search.
-    calls = settings.direct.ongoing_requests * (settings.direct.maximum or settings.direct.minimum)
-    direct_requests = RequestBatches(recommended, most=settings.batch_users, at_once=calls)
+    direct_requests = RequestBatches(recommended, most=settings.batch_users, at_once=settings.direct.calls)
+    reasoning_places = Places(settings.reasoning)
 
     async def direct_result(query: served_run.Query) -> Any:
         """What direct mode answers. A request whose client leaves before its call is made costs nothing."""
         # The next call's first request waits too, if only for an instant: without any place to wait none would be sent.
         if len(direct_requests.waiting) >= max(1, settings.direct.queued_requests):
-            raise mode_is_full(settings)
+            raise as_problem(NoPlace(), settings, 422)
         try:
             async with asyncio.timeout(settings.timeout_seconds):
                 answer = await direct_requests.result(query)
@@ -97,23 +97,30 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
     async def chains_and_result(query: served_run.Query) -> AsyncIterator[tuple[str, Any]]:
         """The events of reasoning mode; where a replica is lost on the way, another one begins anew."""
         deadline = asyncio.get_running_loop().time() + settings.timeout_seconds
-        while True:
-            answers = reasoning.options(stream=True).recommend.remote(query)
-            try:
-                while True:
-                    async with asyncio.timeout_at(deadline):
-                        answer = await anext(answers, None)
-                    if answer is None:
-                        return
-                    yield ("chain", answer) if "text" in answer else ("result", answer)
-            except RayActorError:
-                yield "restart", {}
-                await asyncio.sleep(RETRY_PAUSE_SECONDS)
-            except (TimeoutError, asyncio.CancelledError, GeneratorExit) as error:  # or the client has gone
-                answers.cancel()
-                raise as_problem(error, settings, 422) from error
-            except Exception as error:
-                raise as_problem(error, settings, 422) from error
+        try:
+            await reasoning_places.take(deadline)
+        except (NoPlace, TimeoutError) as error:
+            raise as_problem(error, settings, 422) from error
+        try:
+            while True:
+                answers = reasoning.options(stream=True).recommend.remote(query)
+                try:
+                    while True:
+                        async with asyncio.timeout_at(deadline):
+                            answer = await anext(answers, None)
+                        if answer is None:
+                            return
+                        yield ("chain", answer) if "text" in answer else ("result", answer)
+                except RayActorError:
+                    yield "restart", {}
+                    await asyncio.sleep(RETRY_PAUSE_SECONDS)
+                except (TimeoutError, asyncio.CancelledError, GeneratorExit) as error:  # or the client has gone
+                    answers.cancel()
+                    raise as_problem(error, settings, 422) from error
+                except Exception as error:
+                    raise as_problem(error, settings, 422) from error
+        finally:
+            reasoning_places.give_back()
 
     async def events_of(query: served_run.Query) -> AsyncIterator[tuple[str, Any]]:
         """The events of a request, counted when it has ended, also by the client's leaving."""
@@ -208,10 +215,34 @@ def build_api(settings: ServingSettings, direct: Any, reasoning: Any, keys: Sequ
     )
 
 
-def mode_is_full(settings: ServingSettings) -> Problem:
-    """What a request is told for which there is no place to wait."""
-    later = {"Retry-After": str(settings.retry_after_seconds)}
-    return Problem(429, "too many requests wait for this mode", headers=later)
+class NoPlace(Exception):
+    """As many requests wait for a mode as may."""
+
+
+class Places:
+    """So many requests that work at once, and so many that wait for them. Serve has no part in this, since what it lets
+    wait for a full replica stands before the lookups and `/readyz`, which cost next to nothing."""
+
+    def __init__(self, settings: ReplicaSettings) -> None:
+        self.working = asyncio.Semaphore(settings.calls)
+        self.left = settings.calls + settings.queued_requests
+
+    async def take(self, deadline: float) -> None:
+        """Wait for a place to work. Raises NoPlace where there is none to wait, TimeoutError at the deadline."""
+        if self.left == 0:
+            raise NoPlace
+        self.left -= 1
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self.working.acquire()
+        except BaseException:
+            self.left += 1
+            raise
+
+    def give_back(self) -> None:
+        """Let the next one work."""
+        self.left += 1
+        self.working.release()
 
 
 def as_problem(error: BaseException, settings: ServingSettings, missing: int) -> Problem:
@@ -220,8 +251,8 @@ def as_problem(error: BaseException, settings: ServingSettings, missing: int) ->
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, UnknownId):
         return Problem(missing, str(cause))
-    if isinstance(cause, BackPressureError):
-        return mode_is_full(settings)
+    if isinstance(cause, (NoPlace, BackPressureError)):
+        return Problem(429, "too many requests wait for this mode", headers=later)
     if isinstance(cause, DeploymentUnavailableError):
         return Problem(503, "no replica of this mode is there at the moment", headers=later)
     if isinstance(cause, TimeoutError):

@@ -25,6 +25,7 @@ from cluster.settings import Settings, load_settings
 from item_index.input_error import InputError
 
 APPLICATION = "gream"
+LOOKUPS_AT_ONCE = 16  # of items, users and versions
 
 
 class ServeArguments(Section):
@@ -57,10 +58,9 @@ def application_of(settings: Settings) -> serve.Application:
         cluster.kv_cache_mib,
     )  # fmt: skip
     variables = {"OMP_NUM_THREADS": str(cluster.threads)}
-    direct = deployed(DirectRecommender, serving, serving.direct, variables).bind(plan)
-    reasoning = deployed(
-        ReasoningRecommender, serving, serving.reasoning, variables | environment(cluster.model_runner)
-    ).bind(plan)
+    direct = deployed(DirectRecommender, serving, serving.direct, variables, LOOKUPS_AT_ONCE).bind(plan)
+    with_vllm = variables | environment(cluster.model_runner)
+    reasoning = deployed(ReasoningRecommender, serving, serving.reasoning, with_vllm, LOOKUPS_AT_ONCE).bind(plan)
     interface: Any = serve.ingress()(RecommendationInterface)
     return deployed(interface, serving, serving.api, {}).bind(serving, direct, reasoning)
 
@@ -77,8 +77,13 @@ class RecommendationInterface:
         return build_api(*self.arguments)
 
 
-def deployed(replica: Any, serving: ServingSettings, settings: ReplicaSettings, variables: dict[str, str]) -> Any:
-    """A deployment of some class. New replicas are ready before old ones end what they work on and go."""
+def deployed(
+    replica: Any, serving: ServingSettings, settings: ReplicaSettings, variables: dict[str, str], lookups: int = 0
+) -> Any:
+    """A deployment of some class, with room for lookups beside its ongoing requests.
+
+    New replicas are ready before old ones end what they work on and go.
+    """
     number: dict[str, Any] = {"num_replicas": settings.minimum}
     if settings.maximum is not None:
         number = {
@@ -89,7 +94,7 @@ def deployed(replica: Any, serving: ServingSettings, settings: ReplicaSettings, 
         }  # fmt: skip
     options: dict[str, Any] = {"num_cpus": settings.cpus, "num_gpus": settings.gpus}
     return serve.deployment(
-        replica, max_ongoing_requests=settings.ongoing_requests, max_queued_requests=settings.queued_requests,
+        replica, max_ongoing_requests=settings.ongoing_requests + lookups, max_queued_requests=settings.queued_requests,
         ray_actor_options={**options, "runtime_env": {"env_vars": variables}},
         graceful_shutdown_timeout_s=serving.drain_seconds, graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2, health_check_timeout_s=30, max_surge_percent=100,

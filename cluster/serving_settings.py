@@ -25,6 +25,11 @@ class ReplicaSettings(Section):
             raise ValueError(f"maximum must be at least minimum, {self.minimum}")
         return self
 
+    @property
+    def calls(self) -> int:
+        """Calls under way at once from one interface to all replicas that load may bring."""
+        return self.ongoing_requests * (self.maximum or self.minimum)
+
 
 class ServingSettings(Section):
     host: str = Field("127.0.0.1", description="Address to listen on; anything but loopback needs key_variable.")

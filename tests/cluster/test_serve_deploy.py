@@ -1,0 +1,168 @@
+"""`serve deploy` on a Ray cluster of two nodes: load brings a replica, versions come and go back, a node is lost."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import safetensors.torch
+import yaml
+from served import PATIENCE
+from train_runs import ROOT, command_of
+
+from benchmarks.local_nodes import LocalNodes
+from benchmarks.serving_subjects import free_port
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
+BODY = {"user_id": 1, "seed": 3, "chains": 1}
+
+
+class Deployed:
+    """The application of ray_serve.yaml with a small run, deployed by Serve's own command."""
+
+    def __init__(self, folder):
+        self.folder, self.nodes = folder, LocalNodes([2, 2], namespaces=False, dashboard=True)
+        self.port = free_port()
+        self.client = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", headers={"Authorization": "Bearer deployed"}, timeout=PATIENCE
+        )
+
+    def deploy(self, run):
+        file = yaml.safe_load((ROOT / "ray_serve.yaml").read_text())
+        file["http_options"]["port"] = self.port
+        file["proxy_location"] = "HeadOnly"  # both nodes have one loopback interface
+        few = ("api.minimum=2", "direct.minimum=2", "direct.maximum=3", "reasoning.minimum=2")
+        file["applications"][0]["args"] = {
+            "run": str(run),
+            "overrides": [
+                "serving.checkpoint=sft", "serving.key_variable=GREAM_KEYS", *(f"serving.{one}" for one in few),
+            ],
+        }  # fmt: skip
+        (self.folder / "serve.yaml").write_text(yaml.safe_dump(file))
+        command = [Path(sys.executable).with_name("serve"), "deploy", self.folder / "serve.yaml", "-a", self.nodes.jobs]
+        subprocess.run(
+            self.nodes.command(*command), env=self.nodes.environment, check=True, cwd=self.folder, timeout=PATIENCE
+        )
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, "waited too long"
+            time.sleep(0.5)
+
+    def versions(self):
+        """Of both modes; None while the service does not answer."""
+        try:
+            answer = self.client.get("/readyz")
+        except httpx.TransportError:
+            return None
+        return answer.json() if answer.status_code == 200 else None
+
+    def replicas(self, name):
+        """Processes of a deployment's replicas, by the number of their node."""
+        return [
+            (number, process)
+            for number, node in self.nodes.nodes
+            for process in psutil.Process(node.pid).children(recursive=True)
+            if f"ServeReplica:gream:{name}" in command_of(process)
+        ]
+
+    @contextmanager
+    def load(self, clients):
+        """Direct requests of some clients, one after the other, while the block runs; gives their answers."""
+        answers, ended = [], threading.Event()
+
+        def ask():
+            with httpx.Client(base_url=self.client.base_url, headers=self.client.headers, timeout=PATIENCE) as client:
+                while not ended.is_set():
+                    answers.append(client.post("/v1/recommend", json=BODY))
+
+        with ThreadPoolExecutor(clients) as pool:
+            asking = [pool.submit(ask) for _ in range(clients)]
+            try:
+                yield answers
+            finally:
+                ended.set()
+        for one in asking:
+            one.result()
+
+
+@pytest.fixture(scope="module")
+def runs(supervised, tmp_path_factory):
+    """Two run folders whose checkpoints differ."""
+    folder = tmp_path_factory.mktemp("versions")
+    for name in ("first", "second"):
+        shutil.copytree(supervised[0], folder / name)
+    file = folder / "second" / "sft" / "checkpoint" / "model.safetensors"
+    changed = {name: weight + 0.05 * weight.roll(1, 0) for name, weight in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(changed, file, metadata={"format": "pt"})
+    return folder / "first", folder / "second"
+
+
+@pytest.fixture(scope="module")
+def deployed(runs, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GREAM_KEYS", "deployed")  # of the nodes, which the replicas read
+        deployed = Deployed(tmp_path_factory.mktemp("deployed"))
+    try:
+        deployed.deploy(runs[0])
+        deployed.wait_for(deployed.versions)
+        yield deployed
+    finally:
+        deployed.nodes.close()
+
+
+def test_both_modes_answer_those_who_have_a_key(deployed):
+    for mode in ("direct", "reasoning"):
+        answer = deployed.client.post("/v1/recommend", json={**BODY, "mode": mode})
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["items"]) == 10
+    assert httpx.post(f"{deployed.client.base_url}/v1/recommend", json=BODY).status_code == 401
+
+
+def test_load_brings_another_replica(deployed):
+    assert len(deployed.replicas("DirectRecommender")) == 2
+    with deployed.load(clients=24) as answers:
+        deployed.wait_for(lambda: len(deployed.replicas("DirectRecommender")) == 3)
+    assert {answer.status_code for answer in answers} <= {200, 429}
+
+
+def test_a_version_comes_and_goes_back_without_a_failed_request(deployed, runs):
+    first = deployed.versions()
+    with deployed.load(clients=2) as answers:
+        deployed.deploy(runs[1])
+        deployed.wait_for(lambda: (deployed.versions() or first)["direct"] != first["direct"])
+        deployed.wait_for(lambda: (second := deployed.versions()) and second["direct"] == second["reasoning"])
+        deployed.deploy(runs[0])
+        deployed.wait_for(lambda: deployed.versions() == first)
+    assert {answer.status_code for answer in answers} == {200}
+    lists = {}
+    for answer in answers:
+        body = answer.json()
+        lists.setdefault(body["versions"]["checkpoint"], set()).add(tuple(item["item_id"] for item in body["items"]))
+    assert len(lists) == 2
+    assert all(len(different) == 1 for different in lists.values())
+
+
+def test_what_a_lost_node_had_is_answered_by_the_other(deployed):
+    names = ("DirectRecommender", "ReasoningRecommender")
+    deployed.wait_for(lambda: all({0, 1} <= {node for node, _ in deployed.replicas(name)} for name in names))
+    before = deployed.client.post("/v1/recommend", json=BODY).json()
+    with deployed.load(clients=2) as answers:
+        deployed.wait_for(lambda: len(answers) > 3)
+        deployed.nodes.lose(1)
+        lost = len(answers)
+        deployed.wait_for(lambda: sum(answer.status_code == 200 for answer in answers[lost:]) > 20)
+    # 500: the interface's replica on that node had the request under way.
+    assert {answer.status_code for answer in answers} <= {200, 429, 500, 503}
+    listed = {tuple(item["item_id"] for item in one.json()["items"]) for one in answers if one.status_code == 200}
+    assert listed == {tuple(item["item_id"] for item in before["items"])}
+    reasoning = {**BODY, "mode": "reasoning"}
+    deployed.wait_for(lambda: deployed.client.post("/v1/recommend", json=reasoning).status_code == 200)
