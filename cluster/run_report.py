@@ -143,9 +143,13 @@ def report_markdown(runs: Sequence[EvaluatedRun], figures: dict[Path, list[str]]
         parts += [
             f"## {variant}", f"Full catalogue, {seeds}.", results_table(members, SHOWN_METRICS),
             results_table(members, FURTHER_METRICS),
-            "Differences of the same users' measures, means over the seeds; 95 % intervals by a bootstrap over users.",
-            comparisons_markdown(compare(measures[variant], pairs, seed=0)),
         ]  # fmt: skip
+        if pairs:
+            parts += [
+                "Differences of the same users' measures, means over the seeds; 95 % intervals by a bootstrap over "
+                "users.",
+                comparisons_markdown(compare(measures[variant], pairs, seed=0)),
+            ]
     first, *others = variants
     for other in others:
         shared = [system for system in measures[other] if system in measures[first] and system.startswith(MODES)]
