@@ -38,11 +38,12 @@ class Deployed:
         file = yaml.safe_load((ROOT / "ray_serve.yaml").read_text())
         file["http_options"]["port"] = self.port
         file["proxy_location"] = "HeadOnly"  # both nodes have one loopback interface
-        few = ("api.minimum=2", "direct.minimum=2", "direct.maximum=3", "reasoning.minimum=2")
+        replicas = ("api.minimum=2", "direct.minimum=2", "reasoning.minimum=2", "reasoning.maximum=3")
         file["applications"][0]["args"] = {
             "run": str(run),
             "overrides": [
-                "serving.checkpoint=sft", "serving.key_variable=GREAM_KEYS", *(f"serving.{one}" for one in few),
+                "serving.checkpoint=sft", "serving.key_variable=GREAM_KEYS", "serving.reasoning.ongoing_requests=2",
+                *(f"serving.{one}" for one in replicas),
             ],
         }  # fmt: skip
         (self.folder / "serve.yaml").write_text(yaml.safe_dump(file))
@@ -75,14 +76,14 @@ class Deployed:
         ]
 
     @contextmanager
-    def load(self, clients):
-        """Direct requests of some clients, one after the other, while the block runs; gives their answers."""
+    def load(self, clients, **changes):
+        """Requests of some clients, one after the other, while the block runs; gives their answers."""
         answers, ended = [], threading.Event()
 
         def ask():
             with httpx.Client(base_url=self.client.base_url, headers=self.client.headers, timeout=PATIENCE) as client:
                 while not ended.is_set():
-                    answers.append(client.post("/v1/recommend", json=BODY))
+                    answers.append(client.post("/v1/recommend", json=BODY | changes))
 
         with ThreadPoolExecutor(clients) as pool:
             asking = [pool.submit(ask) for _ in range(clients)]
@@ -128,10 +129,10 @@ def test_both_modes_answer_those_who_have_a_key(deployed):
 
 
 def test_load_brings_another_replica(deployed):
-    assert len(deployed.replicas("DirectRecommender")) == 2
-    with deployed.load(clients=24) as answers:
-        deployed.wait_for(lambda: len(deployed.replicas("DirectRecommender")) == 3)
-    assert {answer.status_code for answer in answers} <= {200, 429}
+    assert len(deployed.replicas("ReasoningRecommender")) == 2
+    with deployed.load(clients=8, mode="reasoning", chains=16) as answers:
+        deployed.wait_for(lambda: len(deployed.replicas("ReasoningRecommender")) == 3)
+    assert {answer.status_code for answer in answers} == {200}
 
 
 def test_a_version_comes_and_goes_back_without_a_failed_request(deployed, runs):
