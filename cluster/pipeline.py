@@ -166,8 +166,12 @@ EVALUATED_STAGES = {"sft": "sft", "sft_continued": "sft_continued", "srpo": "tra
 
 
 def stages_of(settings: Settings) -> list[str]:
-    """All stages of a run; `sft_continued` only where it is evaluated."""
-    return [name for name in STAGES if name != "sft_continued" or name in settings.evaluation.checkpoints]
+    """The stages of a run, in order: those that the evaluated checkpoints need."""
+    needed = {"evaluate"}
+    for name in reversed(STAGES):
+        if name in needed:
+            needed.update(inputs_of(settings, name))
+    return [name for name in STAGES if name in needed]
 
 
 def inputs_of(settings: Settings, name: str) -> tuple[str, ...]:

@@ -24,8 +24,7 @@ class EvaluationSettings(Section):
     part: Literal["test", "validation"] = Field("test", description="Which target of each user is evaluated.")
     checkpoints: tuple[Literal["sft", "sft_continued", "srpo"], ...] = Field(
         ("sft", "srpo"), min_length=1,
-        description="Whose checkpoints are evaluated; with sft_continued that stage is run, without srpo the train "
-        "stage need not have run.",
+        description="Whose checkpoints are evaluated; `gream run` runs the stages that they need.",
     )  # fmt: skip
     modes: tuple[Mode, ...] = Field(
         MODES, min_length=1, description="Inference modes; without reasoning no rollout engine is started."

@@ -119,8 +119,10 @@ def test_an_evaluation_of_the_supervised_checkpoint_alone_does_not_depend_on_the
     assert fingerprint(run(alone, "sft.passes=7"), "evaluate") != fingerprint(run(alone), "evaluate")
 
 
-def test_the_continued_supervised_stage_is_part_of_a_run_only_where_it_is_evaluated(run):
+def test_a_run_has_the_stages_that_its_evaluated_checkpoints_need(run):
     assert stages_of(run()) == ["index", "corpus", "sft", "train", "evaluate"]
+    assert stages_of(run("evaluation.checkpoints=[srpo]")) == ["index", "corpus", "sft", "train", "evaluate"]
+    assert stages_of(run("evaluation.checkpoints=[sft]")) == ["index", "corpus", "sft", "evaluate"]
     assert stages_of(run("evaluation.checkpoints=[sft_continued]")) == list(STAGES)
     assert fingerprint(run("sft_continued.steps=9"), "evaluate") == fingerprint(run(), "evaluate")
 
