@@ -120,7 +120,7 @@ class Clients:
             return f"{answer.status_code}, left"
 
     def generated(self, cases: int) -> None:
-        """Requests of schemathesis, fitting and not, `cases` at least."""
+        """Requests of schemathesis, fitting and not, `cases` at least: some operations have few different ones."""
         import hypothesis
         import schemathesis
 
@@ -131,16 +131,17 @@ class Clients:
         settings = hypothesis.settings(
             max_examples=each, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
         )
-        for operation, kind in itertools.product(operations, schemathesis.GenerationMode):
-            if kind == schemathesis.GenerationMode.NEGATIVE and not [*operation.iter_parameters(), *operation.body]:
-                continue  # there is nothing that could not fit
+        while sum(count for (client, _), count in list(self.got.items()) if client == "schemathesis") < cases:
+            for operation, kind in itertools.product(operations, schemathesis.GenerationMode):
+                if kind == schemathesis.GenerationMode.NEGATIVE and not [*operation.iter_parameters(), *operation.body]:
+                    continue  # there is nothing that could not fit
 
-            @settings
-            @hypothesis.given(case=operation.as_strategy(generation_mode=kind))
-            def send(case: Any) -> None:
-                self.note("schemathesis", case.call(headers=KEY, timeout=120).status_code)
+                @settings
+                @hypothesis.given(case=operation.as_strategy(generation_mode=kind))
+                def send(case: Any) -> None:
+                    self.note("schemathesis", case.call(headers=KEY, timeout=120).status_code)
 
-            send()
+                send()
 
 
 @app.command()
