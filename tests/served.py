@@ -7,11 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
+import safetensors.torch
 from train_runs import ROOT, command_of
 
 KEYS = ("first-4f1c07", "second-9b2e55")
@@ -107,3 +111,41 @@ def events(lines):
             name = line.removeprefix("event: ")
         elif line.startswith("data: "):
             yield name, json.loads(line.removeprefix("data: "))
+
+
+@contextmanager
+def load(client, clients=2, **body):
+    """Requests of some clients like this one, one after the other, while the block runs; gives their answers."""
+    answers, ended = [], threading.Event()
+
+    def ask():
+        with httpx.Client(base_url=client.base_url, headers=client.headers, timeout=PATIENCE) as own:
+            while not ended.is_set():
+                answers.append(own.post("/v1/recommend", json=body))
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(ask) for _ in range(clients)]
+        try:
+            yield answers
+        finally:
+            ended.set()
+    for one in asking:
+        one.result()
+
+
+def lists_by_version(answers):
+    """The different lists of items of each checkpoint's version."""
+    lists = {}
+    for answer in answers:
+        body = answer.json()
+        lists.setdefault(body["versions"]["checkpoint"], set()).add(tuple(item["item_id"] for item in body["items"]))
+    return lists
+
+
+def change_weights(checkpoint):
+    """Put other weights, whose lists are others, in the place of a checkpoint's, in one step."""
+    file = checkpoint / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    changed = {name: weight + 0.05 * weight.roll(1, 0) for name, weight in weights.items()}
+    safetensors.torch.save_file(changed, f"{file}.new", metadata={"format": "pt"})
+    os.replace(f"{file}.new", file)

@@ -3,18 +3,14 @@
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-import safetensors.torch
 import yaml
-from served import PATIENCE
+from served import PATIENCE, change_weights, lists_by_version, load
 from train_runs import ROOT, command_of
 
 from benchmarks.local_nodes import LocalNodes
@@ -75,25 +71,6 @@ class Deployed:
             if f"ServeReplica:gream:{name}" in command_of(process)
         ]
 
-    @contextmanager
-    def load(self, clients, **changes):
-        """Requests of some clients, one after the other, while the block runs; gives their answers."""
-        answers, ended = [], threading.Event()
-
-        def ask():
-            with httpx.Client(base_url=self.client.base_url, headers=self.client.headers, timeout=PATIENCE) as client:
-                while not ended.is_set():
-                    answers.append(client.post("/v1/recommend", json=BODY | changes))
-
-        with ThreadPoolExecutor(clients) as pool:
-            asking = [pool.submit(ask) for _ in range(clients)]
-            try:
-                yield answers
-            finally:
-                ended.set()
-        for one in asking:
-            one.result()
-
 
 @pytest.fixture(scope="module")
 def runs(supervised, tmp_path_factory):
@@ -101,9 +78,7 @@ def runs(supervised, tmp_path_factory):
     folder = tmp_path_factory.mktemp("versions")
     for name in ("first", "second"):
         shutil.copytree(supervised[0], folder / name)
-    file = folder / "second" / "sft" / "checkpoint" / "model.safetensors"
-    changed = {name: weight + 0.05 * weight.roll(1, 0) for name, weight in safetensors.torch.load_file(file).items()}
-    safetensors.torch.save_file(changed, file, metadata={"format": "pt"})
+    change_weights(folder / "second" / "sft" / "checkpoint")
     return folder / "first", folder / "second"
 
 
@@ -130,39 +105,35 @@ def test_both_modes_answer_those_who_have_a_key(deployed):
 
 def test_load_brings_another_replica(deployed):
     assert len(deployed.replicas("ReasoningRecommender")) == 1
-    with deployed.load(clients=8, mode="reasoning", chains=16) as answers:
+    with load(deployed.client, clients=8, **BODY | {"mode": "reasoning", "chains": 16}) as answers:
         deployed.wait_for(lambda: len(deployed.replicas("ReasoningRecommender")) == 2)
     assert {answer.status_code for answer in answers} == {200}
 
 
 def test_a_version_comes_and_goes_back_without_a_failed_request(deployed, runs):
     first = deployed.versions()
-    with deployed.load(clients=2) as answers:
+    with load(deployed.client, **BODY) as answers:
         deployed.deploy(runs[1])
         deployed.wait_for(lambda: (deployed.versions() or first)["direct"] != first["direct"])
         deployed.wait_for(lambda: (second := deployed.versions()) and second["direct"] == second["reasoning"])
         deployed.deploy(runs[0])
         deployed.wait_for(lambda: deployed.versions() == first)
     assert {answer.status_code for answer in answers} == {200}
-    lists = {}
-    for answer in answers:
-        body = answer.json()
-        lists.setdefault(body["versions"]["checkpoint"], set()).add(tuple(item["item_id"] for item in body["items"]))
+    lists = lists_by_version(answers)
     assert len(lists) == 2
     assert all(len(different) == 1 for different in lists.values())
 
 
 def test_what_a_lost_node_had_is_answered_by_the_other(deployed):
     deployed.wait_for(lambda: {0, 1} <= {node for node, _ in deployed.replicas("DirectRecommender")})
-    before = deployed.client.post("/v1/recommend", json=BODY).json()
-    with deployed.load(clients=2) as answers:
+    before = deployed.client.post("/v1/recommend", json=BODY)
+    with load(deployed.client, **BODY) as answers:
         deployed.wait_for(lambda: len(answers) > 3)
         deployed.nodes.lose(1)
         lost = len(answers)
         deployed.wait_for(lambda: sum(answer.status_code == 200 for answer in answers[lost:]) > 20)
     # 500: the interface's replica on that node had the request under way.
     assert {answer.status_code for answer in answers} <= {200, 429, 500, 503}
-    listed = {tuple(item["item_id"] for item in one.json()["items"]) for one in answers if one.status_code == 200}
-    assert listed == {tuple(item["item_id"] for item in before["items"])}
+    assert lists_by_version(one for one in answers if one.status_code == 200) == lists_by_version([before])
     reasoning = {**BODY, "mode": "reasoning"}
     deployed.wait_for(lambda: deployed.client.post("/v1/recommend", json=reasoning).status_code == 200)

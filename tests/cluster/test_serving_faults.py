@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,8 +10,7 @@ from contextlib import contextmanager
 import httpx
 import numpy as np
 import pytest
-import safetensors.torch
-from served import Service, events
+from served import Service, change_weights, events, lists_by_version, load
 
 from actors.ranking import RankingWorker
 from curriculum.corpus import load_corpus
@@ -24,6 +22,7 @@ BUSY = (
     "serving.timeout_seconds=15", "serving.direct.ongoing_requests=1", "serving.direct.queued_requests=2",
     "serving.reasoning.ongoing_requests=1", "serving.reasoning.queued_requests=1",
 )  # fmt: skip
+BODY = {"user_id": 1, "chains": 1, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +39,6 @@ def own_service(run, tmp_path_factory):
     yield service
     if service.process.poll() is None:
         service.stop()
-
-
-@contextmanager
-def load(service, mode):
-    """Requests, one after the other, while the block runs; gives their answers."""
-    answers, ended = [], threading.Event()
-
-    def ask():
-        with httpx.Client(base_url=service.url, headers=service.client.headers, timeout=120) as client:
-            while not ended.is_set():
-                answers.append(client.post("/v1/recommend", json={"user_id": 1, "mode": mode, "chains": 1, "seed": 3}))
-
-    with ThreadPoolExecutor(2) as pool:
-        asking = [pool.submit(ask) for _ in range(2)]
-        try:
-            yield answers
-        finally:
-            ended.set()
-    for one in asking:
-        one.result()
 
 
 @contextmanager
@@ -93,7 +72,7 @@ def test_a_full_mode_refuses_and_the_other_goes_on(own_service, mode, other, ref
 
 @pytest.mark.parametrize("mode", ["direct", "reasoning"])
 def test_a_full_mode_is_ready_and_answers_lookups(own_service, mode):
-    with load(own_service, mode) as answers:
+    with load(own_service.client, mode=mode, **BODY) as answers:
         own_service.wait_for(lambda: len(answers) > 3)
         for _ in range(20):
             assert own_service.client.get("/readyz").status_code == 200
@@ -117,7 +96,7 @@ def test_a_killed_replica_costs_no_wrong_answer(own_service, mode):
     own_service.wait_for(lambda: own_service.recommend(**body).status_code == 200)
     before = own_service.recommend(**body).json()
     (replica,) = own_service.replicas(NAMES[mode])
-    with load(own_service, mode) as answers:
+    with load(own_service.client, mode=mode, **BODY) as answers:
         own_service.wait_for(lambda: len(answers) > 3)
         os.kill(replica.pid, signal.SIGKILL)
         killed = len(answers)
@@ -153,28 +132,21 @@ def test_a_killed_interface_or_proxy_comes_back(own_service, name):
 
 
 def test_another_checkpoint_takes_over_without_a_failed_request(own_service, run):
-    file = run / "sft" / "checkpoint" / "model.safetensors"
-    weights = safetensors.torch.load_file(file)
     old = own_service.recommend(user_id=1).json()
-    changed = {name: weight + 0.05 * weight.roll(1, 0) for name, weight in weights.items()}
-    safetensors.torch.save_file(changed, f"{file}.new", metadata={"format": "pt"})
-    os.replace(f"{file}.new", file)
+    change_weights(run / "sft" / "checkpoint")
 
     def is_taken_up():
         ready = own_service.client.get("/readyz").json()
         return ready["direct"] == ready["reasoning"] != old["versions"]
 
-    with load(own_service, "direct") as answers:
+    with load(own_service.client, **BODY) as answers:
         own_service.process.send_signal(signal.SIGHUP)
         own_service.wait_for(is_taken_up)
         time.sleep(2)  # replicas of the version before end what they work on
     assert {answer.status_code for answer in answers} == {200}
-    by_version = {}
-    for answer in answers:
-        body = answer.json()
-        by_version.setdefault(body["versions"]["checkpoint"], set()).add(tuple(i["item_id"] for i in body["items"]))
-    assert len(by_version) == 2
-    assert all(len(lists) == 1 for lists in by_version.values())
+    lists = lists_by_version(answers)
+    assert len(lists) == 2
+    assert all(len(different) == 1 for different in lists.values())
 
     corpus = load_corpus(run / "corpus", run / "index")
     history = corpus.sequences.sequence(corpus.sequences.user_ids.index(1))
@@ -197,7 +169,7 @@ def test_a_checkpoint_that_does_not_load_leaves_the_one_before(own_service, run,
         file.write_bytes(content)
     refusals = own_service.output().count("not put in place")
     own_service.process.send_signal(signal.SIGHUP)
-    with load(own_service, "direct") as answers:
+    with load(own_service.client, **BODY) as answers:
         own_service.wait_for(lambda: own_service.output().count("not put in place") > refusals)
     assert {answer.status_code for answer in answers} <= {200}
     assert own_service.recommend(user_id=1).json() == served
