@@ -82,8 +82,10 @@ def deployed(
 ) -> Any:
     """A deployment of some class, with room for lookups beside its ongoing requests.
 
-    New replicas are ready before old ones end what they work on and go.
+    New replicas are ready before old ones end what they work on and go. Serve counts what it is handing to a replica
+    among what waits, so its queue has room for all that may be under way as well: 429 is for the interface to say.
     """
+    ongoing = settings.ongoing_requests + lookups
     number: dict[str, Any] = {"num_replicas": settings.minimum}
     if settings.maximum is not None:
         number = {
@@ -94,7 +96,8 @@ def deployed(
         }  # fmt: skip
     options: dict[str, Any] = {"num_cpus": settings.cpus, "num_gpus": settings.gpus}
     return serve.deployment(
-        replica, max_ongoing_requests=settings.ongoing_requests + lookups, max_queued_requests=settings.queued_requests,
+        replica, max_ongoing_requests=ongoing,
+        max_queued_requests=ongoing * (settings.maximum or settings.minimum) + settings.queued_requests,
         ray_actor_options={**options, "runtime_env": {"env_vars": variables}},
         graceful_shutdown_timeout_s=serving.drain_seconds, graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2, health_check_timeout_s=30, max_surge_percent=100,
