@@ -97,7 +97,7 @@ def deployed(
     options: dict[str, Any] = {"num_cpus": settings.cpus, "num_gpus": settings.gpus}
     return serve.deployment(
         replica, max_ongoing_requests=ongoing,
-        max_queued_requests=ongoing * (settings.maximum or settings.minimum) + settings.queued_requests,
+        max_queued_requests=ongoing * settings.most_replicas + settings.queued_requests,
         ray_actor_options={**options, "runtime_env": {"env_vars": variables}},
         graceful_shutdown_timeout_s=serving.drain_seconds, graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2, health_check_timeout_s=30, max_surge_percent=100,

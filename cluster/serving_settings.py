@@ -26,9 +26,14 @@ class ReplicaSettings(Section):
         return self
 
     @property
+    def most_replicas(self) -> int:
+        """Replicas that load may bring."""
+        return self.maximum or self.minimum
+
+    @property
     def calls(self) -> int:
         """Calls under way at once from one interface to all replicas that load may bring."""
-        return self.ongoing_requests * (self.maximum or self.minimum)
+        return self.ongoing_requests * self.most_replicas
 
 
 class ServingSettings(Section):
