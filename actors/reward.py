@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import ray
-from transformers import AutoTokenizer
 
 from curriculum.corpus import load_sequences
+from curriculum.tokenizer import saved_tokenizer
 from item_index.constraint import MODES, AnswerConstraint
 from item_index.neighbours import ItemKNearestNeighbours
 from item_index.semantic_ids import SemanticIdIndex
@@ -140,7 +140,7 @@ class RewardWorker:
         constrained: bool = True, collaborative: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.index = SemanticIdIndex.load(index_folder)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        self.tokenizer: Any = saved_tokenizer(tokenizer_folder)
         self.constraint = AnswerConstraint.of(self.index, self.tokenizer, constrained=constrained)
         self.minimum_think_tokens = minimum_think_tokens
         fitted = not_fitted if collaborative is None else self._collaborative(**collaborative)

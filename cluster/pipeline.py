@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cluster.index import STAGE_FILE, VECTORS_FILE, index_stage, read_data
@@ -23,6 +22,7 @@ from cluster.settings import Settings
 from cluster.teaching import language_model_teacher, show_teacher
 from cluster.tracking import CommandTracking, Tracker, tracked_command
 from curriculum.corpus import build_corpus, load_corpus
+from curriculum.tokenizer import saved_tokenizer
 from item_index.input_error import InputError
 from item_index.semantic_ids import SemanticIdIndex
 from item_index.tokens import SemanticIdTokens
@@ -136,7 +136,7 @@ def _checkpoint_with_tokens(checkpoint: Path, index: SemanticIdIndex) -> Path:
     """The folder, after a look whether its tokenizer has the index's tokens: engines start only after that."""
     if not checkpoint.is_dir():
         raise InputError("there is no checkpoint", file=checkpoint, remedy="Run the stage that writes it.")
-    SemanticIdTokens.of(AutoTokenizer.from_pretrained(checkpoint, local_files_only=True), index)
+    SemanticIdTokens.of(saved_tokenizer(checkpoint), index)
     return checkpoint
 
 

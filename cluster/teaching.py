@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from cluster.asking import asker_of, endpoint_of
 from cluster.data_settings import TeacherSettings
 from cluster.index import STAGE_FILE
@@ -68,6 +66,8 @@ def language_model_teacher(settings: Settings, folder: Path) -> LanguageModelTea
 
 def engine_cache_key(wanted: TeacherSettings, seed: int) -> Callable[[str], str]:
     """Key of a prompt: SHA-256 (hex) of all that shapes the answer, the content of the checkpoint included."""
+    from transformers import AutoTokenizer  # takes seconds, and few runs have such a teacher
+
     folder = Path(wanted.checkpoint or "")
     if not (folder / "config.json").is_file():
         raise InputError("there is no checkpoint", file=folder, field=f"{SECTION}.checkpoint")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import AutoTokenizer
 
 from curriculum.alignment import alignment_texts
 from curriculum.denoising import Denoiser
@@ -20,7 +19,7 @@ from curriculum.prompts import PromptBuilder
 from curriculum.reasoning_examples import corpus_chains, write_reasoning_examples
 from curriculum.rows import ReasoningExample, UserText, held_out_targets
 from curriculum.teachers import LanguageModelTeacher
-from curriculum.tokenizer import load_tokenizer, train_tokenizer
+from curriculum.tokenizer import load_tokenizer, saved_tokenizer, train_tokenizer
 from item_index.catalogue import Catalogue
 from item_index.semantic_ids import SemanticIdIndex
 from item_index.tokens import SemanticIdTokens
@@ -203,7 +202,7 @@ def load_corpus(folder: Path, index_folder: Path) -> Corpus:
     """Read a corpus folder and its index. Raises InputError when the tokenizer lacks the index's tokens."""
     index = SemanticIdIndex.load(index_folder)
     summary = json.loads((folder / "summary.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
+    tokenizer = saved_tokenizer(folder / "tokenizer")
     tokens = SemanticIdTokens.of(tokenizer, index)
     return Corpus(
         index=index,

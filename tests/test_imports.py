@@ -1,6 +1,8 @@
 """Imports between packages point one way, the lower packages stay free of Ray and torch, and files stay short."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,13 @@ def test_a_package_imports_only_packages_below_it(package):
     assert files
     names = {str(file.relative_to(ROOT)): imported(file.read_text()) & above for file in files}
     assert {file: sorted(wrong) for file, wrong in names.items() if wrong} == {}
+
+
+def test_a_reward_worker_has_no_model_and_imports_nothing_that_one_needs():
+    """Each costs seconds of a core when a worker starts, and hundreds of MB while it runs."""
+    imports = "import sys, actors.reward; print(sorted({'torch', 'vllm', 'deepspeed', 'sklearn'} & set(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", imports], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
 
 
 def test_the_packages_are_all_there_are():
