@@ -62,10 +62,11 @@ class Deployed:
             return None
         return answer.json() if answer.status_code == 200 else None
 
-    def is_through(self):
+    def is_rolled_out(self):
         """Whether all replicas are there and of the version that was deployed last, by what `serve status` asks."""
         token = self.nodes.environment["RAY_AUTH_TOKEN"]
-        answer = httpx.get(f"{self.nodes.jobs}/api/serve/applications/", headers={"Authorization": f"Bearer {token}"})
+        headers = {"Authorization": f"Bearer {token}"}
+        answer = httpx.get(f"{self.nodes.jobs}/api/serve/applications/", headers=headers, timeout=PATIENCE)
         return answer.json()["applications"]["gream"]["status"] == "RUNNING"
 
     def replicas(self, name):
@@ -95,7 +96,7 @@ def deployed(runs, tmp_path_factory):
         deployed = Deployed(tmp_path_factory.mktemp("deployed"))
     try:
         deployed.deploy(runs[0])
-        deployed.wait_for(lambda: deployed.versions() and deployed.is_through())
+        deployed.wait_for(lambda: deployed.versions() and deployed.is_rolled_out())
         yield deployed
     finally:
         deployed.nodes.close()
@@ -121,12 +122,12 @@ def test_a_version_comes_and_goes_back_without_a_failed_request(deployed, runs):
     with load(deployed.client, clients=1, **BODY) as answers:
         deployed.deploy(runs[1])
         deployed.wait_for(lambda: (deployed.versions() or first)["direct"] != first["direct"])
-        deployed.wait_for(deployed.is_through)
+        deployed.wait_for(deployed.is_rolled_out)
         second = deployed.versions()
         assert second["direct"] == second["reasoning"] != first["reasoning"]
         deployed.deploy(runs[0])
         deployed.wait_for(lambda: (deployed.versions() or second)["direct"] == first["direct"])
-        deployed.wait_for(deployed.is_through)
+        deployed.wait_for(deployed.is_rolled_out)
         assert deployed.versions() == first
     assert {answer.status_code for answer in answers} == {200}
     lists = lists_by_version(answers)
