@@ -83,7 +83,7 @@ def deployed(
     """A deployment of some class, with room for lookups beside its ongoing requests.
 
     New replicas are ready before old ones end what they work on and go. Serve counts what it is handing to a replica
-    among what waits, so its queue has room for all that may be under way as well; the interface says when a mode is full.
+    among what waits, so its queue has room for all that may be under way too; the interface says when a mode is full.
     """
     ongoing = settings.ongoing_requests + lookups
     number: dict[str, Any] = {"num_replicas": settings.minimum}
